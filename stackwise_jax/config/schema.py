@@ -1,0 +1,208 @@
+"""Every key of a run and its default.
+
+Frozen dataclasses hold all the defaults, YAML holds only the differences. Each section is passed only to the part that
+owns it. Sizes in tokens, steps or bytes are said in the comment of the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+ObjectiveKind = Literal["clm", "mlm", "diffusion"]
+ObjectiveMode = Literal["auto", "causal", "bidirectional", "model"]
+NoiseKind = Literal["range", "elbo"]
+NoiseSchedule = Literal["linear", "cosine", "exponential"]
+Corruption = Literal["auto", "fixed", "fresh"]
+OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
+LrSchedule = Literal["constant", "cosine", "linear", "wsd"]
+PlanName = Literal["rackwise", "stackwise", "layerwise", "blockwise", "append", "custom"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how it reports."""
+
+    dir: str | None = None  # the run directory; None: runs/<name>
+    name: str | None = None  # None: the stem of the config file
+    seed: int = 0
+    resume: Literal["auto", "never"] = "auto"  # auto: the same command again continues; never: refuse an existing run
+    save_every: int = 200  # steps between checkpoints inside a phase; 0: only when a phase ends
+    keep: int = 2  # progress records kept; the stacks that they need are never removed
+    eval_every: int = 0  # steps between held-out evaluations inside a phase; 0: only when a phase ends
+    eval_batches: int = 32  # held-out batches per evaluation; 0: all of them
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    max_bad_steps: int = 10  # this many non-finite steps in a row stop the run
+    tensorboard: bool = True
+    sample_tokens: int = 128  # length of the text sample at the end, in tokens; 0: none
+    sample_prompt: str = "The "
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What text is read and how it is cut."""
+
+    source: Literal["python-docs", "text", "jsonl", "synthetic"] = "python-docs"
+    path: str | None = None  # text: a file or a folder of *.txt; jsonl: a file or a folder of *.jsonl
+    valid_path: str | None = None  # held-out text; None: valid_fraction of the documents
+    valid_fraction: float = 0.05  # share of the documents held out when there is no valid_path
+    text_key: str = "text"  # jsonl: the key that holds the text
+    seq_len: int = 256  # tokens
+    batch_size: int = 16  # sequences per step, over all devices
+    packing: Literal["pack", "chunk"] = "pack"  # pack: whole documents with segment ids; chunk: a plain stream
+    shuffle: bool = True
+    synthetic_tokens: int = 1_000_000  # synthetic: length of the training text, in symbols
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    kind: Literal["bytes", "sentencepiece", "file"] = "bytes"
+    vocab_size: int = 4096  # sentencepiece: pieces to train (fewer where the text does not hold as many)
+    path: str | None = None  # file: a SentencePiece .model
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """The depth of the rack: n_stacks * blocks_per_stack blocks."""
+
+    n_stacks: int = 4
+    blocks_per_stack: int = 2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The rack: its shape, attention and precision."""
+
+    d_model: int = 128
+    n_heads: int = 4
+    n_kv_heads: int | None = None  # None: what the preset says
+    d_ff: int = 384
+    vocab_size: int | None = None  # None: the tokenizer's, padded to a multiple of vocab_multiple
+    vocab_multiple: int = 128
+    attention_preset: Literal["bert_style", "gpt_style", "efficient_gqa", "custom"] = "gpt_style"
+    attention_mode: Literal["bidirectional", "causal"] | None = None  # None: what the preset says
+    use_rope: bool = True
+    rope_theta: float = 10_000.0
+    dropout: float = 0.0
+    freeze_up_proj: bool = True  # the SwiGLU up-projection is fixed random: seeded, not trained, not in the optimizer
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    param_dtype: Dtype = "fp32"  # of what learns
+    compute_dtype: Dtype = "fp32"
+    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted from what."""
+
+    kind: ObjectiveKind = "clm"
+    mask_fraction: float = 0.15  # mlm: share of the tokens that are chosen
+    noise: NoiseKind = "range"  # diffusion: ratio from a range, or t ~ U(0,1) weighted to bound the likelihood
+    min_fraction: float = 0.15  # diffusion, range
+    max_fraction: float = 0.90  # diffusion, range
+    schedule: NoiseSchedule = "linear"  # diffusion: how the masked share grows with t
+    corruption: Corruption = "auto"  # auto: fixed where the prefix is cached, fresh elsewhere
+    attention_mode: ObjectiveMode = "auto"  # auto: causal for clm, else bidirectional; model: each block's own
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One entry of curriculum.phases (plan custom). None: as in the sections objective, optimizer and curriculum."""
+
+    path: list[int] = field(default_factory=list)  # stack ids, input to head; empty: all
+    train: list[int] = field(default_factory=list)  # stack ids that learn
+    train_embed: bool = False
+    train_head: bool = True
+    name: str | None = None
+    steps: int | None = None
+    lr: float | None = None
+    frozen: Dtype | None = None
+    objective: ObjectiveConfig | None = None
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Which list of phases is run."""
+
+    plan: PlanName = "stackwise"
+    steps: int = 200  # per phase
+    block_size: int = 2  # blockwise: blocks per stack after regrouping
+    frozen: Dtype = "fp32"  # how weights that do not learn are stored
+    phases: list[PhaseConfig] = field(default_factory=list)  # custom
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How what learns is updated. The schedule runs anew in each phase."""
+
+    name: OptimizerName = "adamw"
+    lr: float = 1e-3
+    schedule: LrSchedule = "wsd"
+    warmup: float = 0.05  # share of the phase
+    decay: float = 0.3  # wsd: share of the phase, at its end
+    final_lr: float = 0.0  # where the schedule ends, as a share of lr
+    weight_decay: float = 0.1  # on matrices only: not on embeddings, norms or the head's norm
+    b1: float = 0.9  # sgd and muon: the momentum
+    b2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0  # global norm; 0: off
+    microbatches: int = 1  # the batch is cut in so many parts inside the step; gradients are those of the full batch
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where the activations of the frozen prefix live."""
+
+    kind: Literal["auto", "host", "disk", "recompute"] = "auto"
+    host_budget: str = "4GiB"  # per process; beyond it chunks go to the spill file
+    disk_budget: str = "64GiB"  # of the spill file, per process
+    dir: str | None = None  # of the spill file; None: the run directory
+    read_ahead: int = 2  # chunks
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices: a mesh with the axes data and fsdp, and the processes that share it."""
+
+    data: int = -1  # -1: all devices that fsdp leaves
+    fsdp: int = 1  # devices that share each weight
+    coordinator: str | None = None  # host:port of process 0 when there are several processes
+    num_processes: int = 1
+    process_id: int = 0
+
+
+@dataclass(frozen=True)
+class StackWiseConfig:
+    """The full configuration of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def to_dict(self) -> dict:
+        """The configuration as plain nested dicts (what config.yaml of a run holds)."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_yaml(cls, path: str) -> StackWiseConfig:
+        """Read a YAML file that holds the differences from the defaults.
+
+        Raises:
+            UsageError: the file is missing, is no YAML, or holds an unknown key or a wrong value.
+        """
+        from stackwise_jax.config.loading import load_config
+
+        return load_config(path)
