@@ -1,0 +1,23 @@
+"""One engine for every curriculum: it runs a list of phases on a rack."""
+
+from stackwise_jax.engine.events import NullReporter, Reporter
+from stackwise_jax.engine.heldout import held_out, held_out_batches
+from stackwise_jax.engine.load import LoadedRun, load_rack
+from stackwise_jax.engine.run import Interrupted, Run
+from stackwise_jax.engine.setup import Setup, prepare, vocab_of
+from stackwise_jax.engine.step import TaskSpec
+
+__all__ = [
+    "Interrupted",
+    "LoadedRun",
+    "NullReporter",
+    "Reporter",
+    "Run",
+    "Setup",
+    "TaskSpec",
+    "held_out",
+    "held_out_batches",
+    "load_rack",
+    "prepare",
+    "vocab_of",
+]

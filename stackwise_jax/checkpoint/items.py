@@ -1,0 +1,232 @@
+"""One saved tree: a directory that holds the arrays (Orbax) and meta.json, and appears whole or not at all.
+
+meta.json lists every leaf with shape, dtype and sha256, so that shapes are known without reading arrays and damage is
+noticed when they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from stackwise_jax.checkpoint.files import brief, by_first_process, read_json, sync, write_json, writing
+from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.memory.hashing import digest, is_whole_here, leaf_name, named_leaves
+
+ARRAYS, META = "arrays", "meta.json"
+
+
+def save_tree(path: Path, tree: Any, meta: dict) -> None:
+    """Save a tree of arrays (any pytree container) and a JSON-able `meta` as the new directory `path`.
+
+    Every process calls this. What a process sees whole is copied to the host and written by process 0, with its
+    sha256; leaves sharded over several processes are written by all, without one.
+
+    Raises:
+        RunError: the disk is full or not writable; nothing then stands at `path`.
+    """
+    leaves = {name: _to_host(leaf) for name, leaf in named_leaves(tree).items()}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path), jax.transfer_guard("allow"), ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = {name: pool.submit(digest, leaf) for name, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
+            by_first_process(lambda: _make_empty(temporary))
+            # Orbax takes neither an empty tree nor an empty array; the table of leaves is enough for those.
+            if arrays := {name: leaf for name, leaf in leaves.items() if leaf.size}:
+                _save_arrays(temporary / ARRAYS, _nested(arrays))
+            sums = {name: digests[name].result() if name in digests else None for name in leaves}
+            table = {n: {"shape": x.shape, "dtype": x.dtype.name, "sha256": sums[n]} for n, x in leaves.items()}
+            by_first_process(lambda: _complete(temporary, path, {"meta": meta, "leaves": table}))
+    except RunError:
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load_tree(path: Path, like: Any = None) -> Any:
+    """Read a saved tree.
+
+    Args:
+        path: the directory that `save_tree` made.
+        like: tree of ShapeDtypeStructs (or arrays): the result has its containers, dtypes and, where a leaf has a
+            sharding, its place (any sharding and memory kind). None: nested dicts of numpy arrays as they were saved.
+
+    Raises:
+        RunError: a file is missing or damaged.
+        UsageError: the saved tree does not fit `like`.
+    """
+    table = _read(path)["leaves"]
+    if like is None:
+        return _nested(_read_leaves(path, table, {}))
+    targets = named_leaves(like)
+    _check_fit(path, table, targets)
+    leaves = _read_leaves(path, table, targets)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    placed = [_place(leaves.pop(leaf_name(key)), target) for key, target in paths]
+    return jax.tree_util.tree_unflatten(treedef, placed)
+
+
+def read_meta(path: Path) -> dict:
+    """The `meta` that was saved with a tree, without reading arrays.
+
+    Raises:
+        RunError: meta.json is missing or damaged.
+    """
+    return _read(path)["meta"]
+
+
+def read_shapes(path: Path) -> dict:
+    """Nested dicts of ShapeDtypeStructs of a saved tree, without reading arrays.
+
+    Raises:
+        RunError: meta.json is missing or damaged.
+    """
+    table = _read(path)["leaves"]
+    return _nested({n: jax.ShapeDtypeStruct(tuple(e["shape"]), np.dtype(e["dtype"])) for n, e in table.items()})
+
+
+def holds_same(path: Path, tree: Any, meta: dict) -> bool:
+    """Whether the saved directory `path` holds exactly this tree and meta; False where that cannot be known."""
+    try:
+        saved = _read(path)
+    except RunError:
+        return False
+    leaves = named_leaves(tree)
+    if (
+        saved["meta"] != json.loads(json.dumps(meta))
+        or saved["leaves"].keys() != leaves.keys()
+        or not all(map(is_whole_here, leaves.values()))
+    ):
+        return False
+    for name, leaf in leaves.items():
+        host, entry = _to_host(leaf), saved["leaves"][name]
+        if [list(host.shape), host.dtype.name, digest(host)] != [entry["shape"], entry["dtype"], entry["sha256"]]:
+            return False
+    return True
+
+
+def _make_empty(directory: Path) -> None:
+    with writing(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+
+
+def _complete(temporary: Path, path: Path, meta: dict) -> None:
+    """Write meta.json, force everything to the disk, and give the directory its name."""
+    with writing(path):
+        write_json(temporary / META, meta)
+        for file in temporary.rglob("*"):
+            sync(file)
+        os.rename(temporary, path)
+        sync(path.parent)
+
+
+def _read(path: Path) -> dict:
+    if not path.is_dir():
+        raise RunError(f"{path} is missing")
+    return read_json(path / META)
+
+
+def _to_host(leaf: Any) -> Any:
+    return np.asarray(jax.device_get(leaf)) if is_whole_here(leaf) else leaf
+
+
+def _nested(leaves: dict[str, Any]) -> dict:
+    """{"a/b": x} -> {"a": {"b": x}}"""
+    tree: dict = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _check_fit(path: Path, table: dict, targets: dict) -> None:
+    if stray := sorted(table.keys() ^ targets.keys()):
+        side = "holds" if stray[0] in table else "lacks"
+        raise UsageError(
+            f"{path} does not fit the model: it {side} '{stray[0]}'; use the config that it was saved with"
+        )
+    for name, target in targets.items():
+        if tuple(table[name]["shape"]) != tuple(target.shape):
+            raise UsageError(
+                f"{path} does not fit the model: '{name}' has shape {tuple(table[name]['shape'])} there and "
+                f"{tuple(target.shape)} here; use the config that it was saved with"
+            )
+
+
+def _read_leaves(path: Path, table: dict, targets: dict) -> dict[str, Any]:
+    """All leaves as verified numpy arrays; what a target spreads over processes as jax.Arrays, read shard by shard."""
+    import orbax.checkpoint as ocp
+
+    def restore_args(name: str):
+        sharding = getattr(targets.get(name), "sharding", None)
+        if sharding is None or sharding.is_fully_addressable or sharding.is_fully_replicated:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        shape = tuple(table[name]["shape"])
+        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=targets[name].dtype)
+
+    empty = {n: np.zeros(e["shape"], np.dtype(e["dtype"])) for n, e in table.items() if 0 in e["shape"]}
+    wanted = _nested({name: restore_args(name) for name in table if name not in empty})
+    restored: Any = {}
+    if wanted:
+        try:
+            with jax.transfer_guard("allow"):
+                restored = _checkpointer().restore(path / ARRAYS, args=ocp.args.PyTreeRestore(restore_args=wanted))
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            raise RunError(f"{path / ARRAYS} is damaged: {brief(error)}") from error
+    leaves = named_leaves(restored) | empty
+    if leaves.keys() != table.keys():
+        raise RunError(f"{path / ARRAYS} is damaged: its leaves are not those that {META} lists")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sound = dict(zip(leaves, pool.map(lambda n: _sound(leaves[n], table[n]), leaves), strict=True))
+    if bad := [name for name in leaves if not sound[name]]:
+        raise RunError(f"{path / ARRAYS} is damaged: '{bad[0]}' is not what was saved")
+    return leaves
+
+
+def _sound(leaf: Any, entry: dict) -> bool:
+    if isinstance(leaf, jax.Array):
+        return True
+    same_type = list(leaf.shape) == entry["shape"] and leaf.dtype.name == entry["dtype"]
+    return same_type and (entry["sha256"] is None or digest(leaf) == entry["sha256"])
+
+
+def _place(leaf: Any, target: Any) -> Any:
+    """Cast and move a host array to where its target says."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    with np.errstate(over="ignore"):
+        leaf = leaf.astype(target.dtype, copy=False)
+    sharding = getattr(target, "sharding", None)
+    if sharding is None:
+        return leaf
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def _save_arrays(path: Path, tree: dict) -> None:
+    import orbax.checkpoint as ocp
+
+    _checkpointer().save(path, args=ocp.args.PyTreeSave(tree))
+
+
+@functools.cache
+def _checkpointer():
+    """One synchronous Orbax checkpointer for the process; its log lines below errors are dropped."""
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())

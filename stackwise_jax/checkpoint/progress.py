@@ -1,0 +1,50 @@
+"""The progress record: how far a run has come, and which saved items that state consists of."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stackwise_jax.checkpoint.files import read_json, write_json
+from stackwise_jax.errors import RunError
+
+FORMAT = 1  # raised whenever an older program could misread a record
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One committed state of a run. Everything in it is plain JSON data."""
+
+    number: int  # records are counted; each has a higher number than all before
+    phase: int  # index into the phase table
+    step: int  # the next step to run within the phase
+    global_step: int  # steps run so far over all phases
+    versions: dict[str, int]  # item name -> version
+    formats: dict[str, str] = field(default_factory=dict)  # item name -> fp32 | bf16 | fp16: as it was last used
+    data: dict = field(default_factory=dict)  # state of the data iterator
+    metrics_bytes: int = 0  # length of metrics.jsonl at this moment
+    results: list[dict] = field(default_factory=list)  # of the phases that have ended
+    bad_steps: int = 0  # non-finite steps in a row
+    finished: bool = False
+    extra: dict = field(default_factory=dict)
+
+
+def write_progress(path: Path, progress: Progress) -> None:
+    """Write a record atomically. Raises what the file system raises."""
+    write_json(path, {"format": FORMAT, "progress": dataclasses.asdict(progress)})
+
+
+def read_progress(path: Path) -> Progress:
+    """Read a record.
+
+    Raises:
+        RunError: the file is missing or damaged, or a newer version of the program wrote it.
+    """
+    data = read_json(path)
+    if data.get("format") != FORMAT:
+        raise RunError(f"{path} has format {data.get('format')}; this program reads format {FORMAT}: use the newer one")
+    try:
+        return Progress(**data["progress"])
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,217 @@
+"""Checks of values that no type catches. What depends on the rack or on the plan is checked where those are built."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from stackwise_jax.config.keys import list_keys, split_optional
+from stackwise_jax.config.schema import (
+    CacheConfig,
+    CurriculumConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    StackWiseConfig,
+    TokenizerConfig,
+)
+from stackwise_jax.errors import UsageError
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)}
+_UNITS |= {f"{letter}IB": 1024**i for i, letter in enumerate("KMGT", 1)}
+# SentencePiece: 256 pieces for single bytes, five special ones and at least one of text
+_SMALLEST_SENTENCEPIECE = 256 + 5 + 1
+
+
+def validate(config: StackWiseConfig) -> None:
+    """Refuse values that no run could use. Keys that mean nothing under the chosen setting are not looked at.
+
+    Raises:
+        UsageError: one sentence with the key, its value and what to write instead.
+    """
+    for key in list_keys():
+        value: Any = config
+        for name in key.name.split("."):
+            value = getattr(value, name)
+        if split_optional(key.hint)[0] is float:
+            _need(math.isfinite(value), key.name, value, "a finite number")
+    _check_run(config.run)
+    _check_data(config.data)
+    _check_tokenizer(config.tokenizer)
+    _check_model(config.model)
+    _check_objective(config.objective, "objective", config)
+    _check_curriculum(config.curriculum, config)
+    _check_optimizer(config.optimizer)
+    _check_cache(config.cache)
+    _check_mesh(config.mesh)
+    _check_batch(config)
+
+
+def parse_bytes(text: str, key: str) -> int:
+    """Bytes of a size such as "4GiB", "500MB" or "4096"; `key` is named in the error.
+
+    Raises:
+        UsageError: the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise UsageError(f"{key} is {text!r}; write a size such as 500MB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _need(holds: bool, key: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise UsageError(f"{key} is {value!r}; write {remedy}")
+
+
+def _at_least(section: object, prefix: str, smallest: int, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _need(value is None or value >= smallest, f"{prefix}.{name}", value, f"at least {smallest}")
+
+
+def _check_run(run: RunConfig) -> None:
+    _at_least(run, "run", 0, "seed", "save_every", "eval_every", "eval_batches", "sample_tokens")
+    _at_least(run, "run", 1, "keep", "log_every", "max_bad_steps")
+    _need(run.seed < 2**32, "run.seed", run.seed, "a number below 2**32")
+    _need(run.dir != "", "run.dir", run.dir, "the path of a directory, or null")
+    if run.name is not None:
+        plain = run.name not in ("", ".", "..") and not re.search(r"[/\\]", run.name)
+        _need(plain, "run.name", run.name, "a name without slashes; a path belongs in run.dir")
+
+
+def _check_data(data: DataConfig) -> None:
+    _at_least(data, "data", 2, "seq_len")
+    _at_least(data, "data", 1, "batch_size")
+    if data.source in ("text", "jsonl"):
+        what = "*.txt" if data.source == "text" else "*.jsonl"
+        remedy = f"the path of an existing file or of a folder of {what}"
+        _need(bool(data.path) and Path(str(data.path)).exists(), "data.path", data.path, remedy)
+        _need(data.valid_path is None or Path(data.valid_path).exists(), "data.valid_path", data.valid_path, remedy)
+    if data.source == "jsonl":
+        _need(bool(data.text_key), "data.text_key", data.text_key, "the key of each line that holds its text")
+    if data.source == "synthetic":
+        _need(
+            data.synthetic_tokens >= data.seq_len,
+            "data.synthetic_tokens",
+            data.synthetic_tokens,
+            f"at least data.seq_len ({data.seq_len})",
+        )
+    if data.valid_path is None:
+        _need(0 < data.valid_fraction < 1, "data.valid_fraction", data.valid_fraction, "a share between 0 and 1")
+
+
+def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
+    if tokenizer.kind == "sentencepiece":
+        _at_least(tokenizer, "tokenizer", _SMALLEST_SENTENCEPIECE, "vocab_size")
+    if tokenizer.kind == "file":
+        exists = bool(tokenizer.path) and Path(str(tokenizer.path)).is_file()
+        _need(exists, "tokenizer.path", tokenizer.path, "the path of an existing SentencePiece .model file")
+
+
+def _check_model(model: ModelConfig) -> None:
+    _at_least(model, "model", 1, "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "vocab_multiple")
+    _at_least(model.architecture, "model.architecture", 1, "n_stacks", "blocks_per_stack")
+    _need(
+        model.d_model % model.n_heads == 0,
+        "model.n_heads",
+        model.n_heads,
+        f"a divisor of model.d_model ({model.d_model})",
+    )
+    if model.n_kv_heads is not None:
+        divides = model.n_heads % model.n_kv_heads == 0
+        _need(divides, "model.n_kv_heads", model.n_kv_heads, f"a divisor of model.n_heads ({model.n_heads})")
+    if model.use_rope:
+        head_dim = model.d_model // model.n_heads
+        remedy = f"a number for which model.d_model / model.n_heads is even (it is {head_dim}; rotation needs pairs)"
+        _need(head_dim % 2 == 0, "model.n_heads", model.n_heads, remedy)
+        _need(model.rope_theta > 0, "model.rope_theta", model.rope_theta, "a number above 0")
+    _need(0 <= model.dropout < 1, "model.dropout", model.dropout, "a share from 0 to below 1")
+    _need(model.norm_eps > 0, "model.norm_eps", model.norm_eps, "a number above 0")
+    _need(model.init_std > 0, "model.init_std", model.init_std, "a number above 0")
+
+
+def _check_objective(objective: ObjectiveConfig, prefix: str, config: StackWiseConfig) -> None:
+    """Check one objective section; `prefix` is its name, since phases may have their own."""
+    mode = objective.attention_mode
+    if objective.kind == "clm":
+        own = config.model.attention_mode or {"bert_style": "bidirectional"}.get(config.model.attention_preset)
+        causal = mode in ("auto", "causal") or (mode == "model" and own != "bidirectional")
+        remedy = "auto or causal, since clm would see its own targets"
+        _need(causal, f"{prefix}.attention_mode", mode, remedy)
+        return
+    if objective.kind == "mlm":
+        share = objective.mask_fraction
+        _need(0 < share < 1, f"{prefix}.mask_fraction", share, "a share between 0 and 1")
+    elif objective.noise == "range":
+        low, high = objective.min_fraction, objective.max_fraction
+        _need(0 <= low <= 1, f"{prefix}.min_fraction", low, "a share from 0 to 1")
+        remedy = f"a share from {prefix}.min_fraction ({low}) to 1"
+        _need(low <= high <= 1 and high > 0, f"{prefix}.max_fraction", high, remedy)
+    if objective.corruption == "fresh":
+        kind = config.cache.kind
+        remedy = f"auto or recompute, or {prefix}.corruption auto or fixed (a cache needs fixed corruption)"
+        _need(kind not in ("host", "disk"), "cache.kind", kind, remedy)
+
+
+def _check_curriculum(curriculum: CurriculumConfig, config: StackWiseConfig) -> None:
+    _at_least(curriculum, "curriculum", 1, "steps")
+    if curriculum.plan == "blockwise":
+        _at_least(curriculum, "curriculum", 1, "block_size")
+    if curriculum.plan != "custom":
+        return
+    for i, phase in enumerate(curriculum.phases):
+        prefix = f"curriculum.phases[{i}]"
+        _at_least(phase, prefix, 1, "steps")
+        if phase.lr is not None:
+            _need(0 < phase.lr < math.inf, f"{prefix}.lr", phase.lr, "a number above 0")
+        if phase.objective is not None:
+            _check_objective(phase.objective, f"{prefix}.objective", config)
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    _at_least(optimizer, "optimizer", 0, "weight_decay", "grad_clip")
+    _at_least(optimizer, "optimizer", 1, "microbatches")
+    _need(optimizer.lr > 0, "optimizer.lr", optimizer.lr, "a number above 0")
+    _need(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "a number above 0")
+    for name in ("warmup", "decay", "final_lr"):
+        value = getattr(optimizer, name)
+        _need(0 <= value <= 1, f"optimizer.{name}", value, "a share from 0 to 1")
+    for name in ("b1", "b2"):
+        value = getattr(optimizer, name)
+        _need(0 <= value < 1, f"optimizer.{name}", value, "a number from 0 to below 1")
+    if optimizer.schedule == "wsd":
+        remedy = f"at most 1 minus optimizer.warmup ({optimizer.warmup}), since both are shares of one phase"
+        _need(optimizer.warmup + optimizer.decay <= 1, "optimizer.decay", optimizer.decay, remedy)
+
+
+def _check_cache(cache: CacheConfig) -> None:
+    parse_bytes(cache.host_budget, "cache.host_budget")
+    parse_bytes(cache.disk_budget, "cache.disk_budget")
+    _at_least(cache, "cache", 1, "read_ahead")
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    _need(mesh.data == -1 or mesh.data >= 1, "mesh.data", mesh.data, "at least 1, or -1 for all devices")
+    _at_least(mesh, "mesh", 1, "fsdp", "num_processes")
+    if mesh.num_processes > 1:
+        address = re.fullmatch(r".+:\d+", mesh.coordinator or "")
+        remedy = "host:port of process 0, since mesh.num_processes is more than 1"
+        _need(address is not None, "mesh.coordinator", mesh.coordinator, remedy)
+        in_range = 0 <= mesh.process_id < mesh.num_processes
+        remedy = f"a number from 0 to {mesh.num_processes - 1}, since mesh.num_processes is {mesh.num_processes}"
+        _need(in_range, "mesh.process_id", mesh.process_id, remedy)
+
+
+def _check_batch(config: StackWiseConfig) -> None:
+    """The batch is cut by optimizer.microbatches and spread over the devices of the mesh."""
+    size, parts = config.data.batch_size, config.optimizer.microbatches
+    _need(size % parts == 0, "data.batch_size", size, f"a multiple of optimizer.microbatches ({parts})")
+    devices = max(config.mesh.data, 1) * config.mesh.fsdp
+    _need(size % devices == 0, "data.batch_size", size, f"a multiple of mesh.data * mesh.fsdp ({devices} devices)")

@@ -1,0 +1,101 @@
+"""Loss on held-out text, at any depth of a rack. Used after each phase and by the evaluate command.
+
+Legend: B batch, T sequence, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from stackwise_jax.data import Dataset
+from stackwise_jax.engine.programs import bare, embed_examples, loss_sums, run_stack
+from stackwise_jax.engine.step import TaskSpec
+from stackwise_jax.memory import Placement
+from stackwise_jax.model import Stack
+from stackwise_jax.objectives import Examples
+
+Tree = Any
+HELD_OUT_SEED = 20_240  # corruption of held-out text is the same in every run
+
+
+def held_out_batches(dataset: Dataset, batch_size: int, pad_id: int, limit: int = 0) -> Iterator[Examples]:
+    """The examples in order, host arrays; the last batch is filled up with padding rows, which carry no weight.
+
+    Args:
+        limit: at most so many batches; 0: all.
+    """
+    n_batches = -(-len(dataset) // batch_size)
+    for i in range(min(n_batches, limit) if limit else n_batches):
+        rows = slice(i * batch_size, min((i + 1) * batch_size, len(dataset)))
+        missing = batch_size - (rows.stop - rows.start)
+
+        def fill(rows_NT: np.ndarray, value: int, missing=missing) -> np.ndarray:
+            return np.pad(rows_NT, ((0, missing), (0, 0)), constant_values=value)
+
+        yield Examples(
+            fill(dataset.tokens_NT[rows], pad_id),
+            fill(dataset.segment_ids_NT[rows], 0),
+            fill(dataset.positions_NT[rows], 0),
+            np.arange(i * batch_size, (i + 1) * batch_size, dtype=np.int32),
+        )
+
+
+def held_out(
+    task: TaskSpec,
+    placement: Placement,
+    stacks: Sequence[tuple[Stack, Tree]],
+    embed: Tree,
+    head: Tree,
+    batches: Iterator[Examples],
+    token_bytes_V: jax.Array,
+    *,
+    draw: int = 0,
+) -> dict[str, float]:
+    """Mean loss over held-out batches, without dropout.
+
+    Args:
+        stacks: (stack, params) from input to head; params on the device or in host memory.
+        draw: which of the reproducible corruptions of the text is used (mlm, diffusion).
+
+    Returns:
+        loss (nats per token), perplexity, bits_per_byte, accuracy, tokens.
+    """
+    key = placement.put(jax.random.key(HELD_OUT_SEED), placement.replicated)
+    visit = placement.put(np.int32(draw), placement.replicated)
+    totals: dict[str, float] = {}
+    pending = None
+    for host_examples in batches:
+        examples = placement.put(host_examples, placement.batch)
+        x_BTD = embed_examples(task, placement, embed, examples, key, visit)
+        for stack, params in stacks:
+            params = placement.put(params, placement.params(params))
+            x_BTD = run_stack(bare(stack), task.attention_mode, placement, params, x_BTD, examples)
+        sums = loss_sums(task, head, embed, x_BTD, examples, key, visit, token_bytes_V)
+        _add(totals, pending)
+        pending = sums
+    _add(totals, pending)
+    return quotients(totals)
+
+
+def _add(totals: dict[str, float], sums: dict[str, jax.Array] | None) -> None:
+    """Add one batch's sums, in float64 on the host."""
+    if sums is not None:
+        for name, value in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+
+
+def quotients(totals: dict[str, float]) -> dict[str, float]:
+    """loss, perplexity, bits_per_byte, accuracy and tokens from the sums of `batch_sums`."""
+    loss = totals["nll"] / max(totals["tokens"], 1.0)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": totals["nll"] / math.log(2) / max(totals["bytes"], 1.0),
+        "accuracy": totals["correct"] / max(totals["predicted"], 1.0),
+        "tokens": totals["tokens"],
+    }

@@ -1,0 +1,111 @@
+"""A trained rack from its run directory, in the formats that training last used it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stackwise_jax.checkpoint import Progress, Store
+from stackwise_jax.config import StackWiseConfig, load_config
+from stackwise_jax.curriculum import Phase, make_plan
+from stackwise_jax.data import Tokenizer, load_tokenizer
+from stackwise_jax.engine.directory import CHECKPOINTS, CONFIG, TOKENIZER
+from stackwise_jax.engine.setup import rack_shape
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, stack_item
+from stackwise_jax.errors import UsageError
+from stackwise_jax.memory import Placement, make_mesh
+from stackwise_jax.model import Rack, create_rack_from_config, regroup
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A rack cut to the stacks that were asked for, with its parameters as `rack.apply({"params": params}, ...)` takes them."""
+
+    config: StackWiseConfig
+    run_dir: Path
+    rack: Rack
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    progress: Progress
+    phase: Phase  # the last phase that trained this depth
+    placement: Placement
+
+    @property
+    def objective_kind(self) -> str:
+        return self.phase.objective.kind
+
+    @property
+    def attention_mode(self) -> str | None:
+        return self.phase.attention_mode
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """The ids, in the run, of the rack's stacks."""
+        return tuple(stack.stack_id for stack in self.rack.stacks)
+
+
+def _snapshot(
+    progress: Progress, phases: tuple[Phase, ...], depth: int | None
+) -> tuple[dict, dict, tuple[int, ...], Phase]:
+    """(versions, formats, path, phase) of the rack at a depth.
+
+    A depth that some phase ended at is taken as it was then, with the head that was trained on it; otherwise it is the
+    first stacks of the last state.
+    """
+    if progress.step > 0 or not progress.results:
+        now = (progress.versions, progress.formats, phases[min(progress.phase, len(phases) - 1)])
+    else:
+        last = progress.results[-1]
+        now = (last["versions"], last["formats"], phases[last["index"]])
+    path = now[2].path
+    if depth is None or depth == len(path):
+        return now[0], now[1], path, now[2]
+    for result in reversed(progress.results):
+        phase = phases[result["index"]]
+        if len(phase.path) == depth:
+            return result["versions"], result["formats"], phase.path, phase
+    if not 1 <= depth <= len(path):
+        raise UsageError(f"--depth {depth} is not in this run; write 1 to {len(path)} stacks")
+    return now[0], now[1], path[:depth], now[2]
+
+
+def load_rack(run_dir: str | Path, depth: int | None = None, rack: Rack | None = None) -> LoadedRun:
+    """Load the rack of a run from its newest checkpoint, onto the devices.
+
+    Args:
+        run_dir: the run directory.
+        depth: how many stacks; None: all that were trained so far.
+        rack: the rack that was given to `prepare`, if one was.
+
+    Raises:
+        UsageError: there is no run, no checkpoint in it yet, or no such depth.
+        RunError: a checkpoint is damaged.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / CONFIG).is_file():
+        raise UsageError(f"{run_dir} is no run directory (it has no {CONFIG}); name the directory that train printed")
+    config = load_config(str(run_dir / CONFIG))
+    store = Store(run_dir / CHECKPOINTS, keep=config.run.keep)
+    progress = store.latest()
+    if progress is None:
+        raise UsageError(f"{run_dir} holds no checkpoint yet; let train reach its first save")
+    tokenizer = load_tokenizer(config.tokenizer, None, run_dir / TOKENIZER)
+    rack = rack or create_rack_from_config(config, tokenizer.vocab_size)
+    plan = make_plan(config, rack_shape(rack))
+    rack = regroup(rack, plan.stack_sizes)
+    versions, formats, path, phase = _snapshot(progress, plan.phases, depth)
+
+    placement = Placement(make_mesh(config.mesh))
+    weights = Weights(rack, placement, store, jax.random.key(config.run.seed))
+    weights.versions = versions
+    load = lambda item: weights.require(item, formats.get(item, weights.master))  # noqa: E731
+    params = {
+        "embed": load(EMBED),
+        "head": load(HEAD),
+        "stacks": {f"{i:03d}": load(stack_item(stack)) for i, stack in enumerate(path)},
+    }
+    rack = rack.clone(stacks=tuple(rack.stacks[i] for i in path), parent=None)
+    return LoadedRun(config, run_dir, rack, params, tokenizer, progress, phase, placement)

@@ -1,0 +1,161 @@
+"""The frozen prefix of a phase: what the tokens pass before the first thing that learns.
+
+Its output comes from the activation cache or is recomputed; both go through the same compiled functions, one stack at a
+time, so they agree bitwise and compile once for all stacks of equal shape.
+
+Legend: B batch, T sequence, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stackwise_jax.config.schema import CacheConfig
+from stackwise_jax.curriculum.phase import Phase
+from stackwise_jax.data import Loader
+from stackwise_jax.engine.programs import bare, embed_examples, run_stack
+from stackwise_jax.engine.step import TaskSpec
+from stackwise_jax.engine.weights import EMBED, Weights, stack_item
+from stackwise_jax.memory import ActivationCache, CacheChoice, Placement, cache_key, choose_cache, parse_bytes
+from stackwise_jax.model import dtype_of
+from stackwise_jax.objectives import Examples
+
+FIXED_VISIT = 0  # the visit number under which fixed corruption is drawn
+
+
+class Prefix:
+    """The stacks of a phase's prefix, applied to examples.
+
+    Raises:
+        RunError: a stack could not be read back from its checkpoint.
+    """
+
+    def __init__(self, weights: Weights, phase: Phase, task: TaskSpec, placement: Placement, corruption_key: jax.Array):
+        self._weights, self._phase, self._task = weights, phase, task
+        self._placement, self._key = placement, corruption_key
+
+    @property
+    def items(self) -> list[str]:
+        """The items whose content decides the output, input to output."""
+        return [EMBED, *(stack_item(i) for i in self._phase.prefix)]
+
+    def embed(self, examples: Examples, visit: jax.Array) -> jax.Array:
+        """Corrupt and embed: x_BTD."""
+        embed = self._weights.on_device(EMBED)
+        return embed_examples(self._task, self._placement, embed, examples, self._key, visit)
+
+    def run(self, x_BTD: jax.Array, examples: Examples, start: int = 0) -> jax.Array:
+        """Pass the prefix stacks from the start-th on."""
+        for index in self._phase.prefix[start:]:
+            stack = bare(self._weights.rack.stacks[index])
+            params = self._weights.on_device(stack_item(index))
+            x_BTD = run_stack(stack, self._task.attention_mode, self._placement, params, x_BTD, examples)
+        return x_BTD
+
+    def __call__(self, examples: Examples, visit: jax.Array) -> jax.Array:
+        """The output of the prefix, x_BTD in the compute dtype."""
+        return self.run(self.embed(examples, visit), examples)
+
+
+def put_examples(placement: Placement, examples: Examples) -> Examples:
+    """Host examples onto the devices, split along the batch."""
+    return placement.put(examples, placement.batch)
+
+
+class PrefixCache:
+    """The activation cache of a run, kept from phase to phase where the next phase can build on it."""
+
+    def __init__(self, cfg: CacheConfig, placement: Placement, directory: Path):
+        self._cfg, self._placement = cfg, placement
+        self._directory = Path(cfg.dir) if cfg.dir else directory
+        self._cache: ActivationCache | None = None
+        self._parts: dict[str, Any] = {}  # what the chunks were made of, besides the items
+        self._hashes: list[str] = []  # content of the items that the chunks have passed
+
+    def choose(self, phase: Phase, loader: Loader, task: TaskSpec) -> CacheChoice:
+        """Whether and where the prefix of this phase is cached, and why."""
+        dtype = dtype_of(task.rack.compute_dtype)
+        chunk_elements = loader.batch_size * loader.dataset.tokens_NT.shape[1] * task.rack.d_model
+        chunk_bytes = chunk_elements * jnp.dtype(dtype).itemsize // jax.process_count()
+        return choose_cache(
+            self._cfg.kind,
+            phase_visits=phase.steps,
+            dataset_batches=loader.n_batches,
+            chunk_bytes=chunk_bytes,
+            host_budget=parse_bytes(self._cfg.host_budget, "cache.host_budget"),
+            disk_budget=parse_bytes(self._cfg.disk_budget, "cache.disk_budget"),
+            has_prefix=bool(phase.prefix),
+            corruption=phase.corruption,
+        )
+
+    def prepare(self, prefix: Prefix, weights: Weights, phase: Phase, loader: Loader, kind: str, data: str) -> int | None:
+        """Make the cache hold the prefix's output for every batch of the phase.
+
+        A cache that holds the output of the first stacks of this prefix is pushed through the rest; any other is filled
+        anew. Returns through how many stacks it was pushed, None when it was filled.
+        """
+        ids = list(dict.fromkeys(loader.batch_id(i) for i in range(phase.steps)))
+        parts = {
+            "objective": repr(phase.objective),
+            "noise": repr(phase.noise),
+            "attention_mode": phase.attention_mode,
+            "seed": phase.seed,
+            "data": data,
+            "batches": ids,
+            "kind": kind,
+        }
+        hashes = [f"{weights.formats[item]}:{weights.content_hash(item)}" for item in prefix.items]
+        key = cache_key(**parts, prefix=hashes)
+        done = len(self._hashes)
+        if (
+            self._cache is not None
+            and parts == self._parts
+            and 0 < done <= len(hashes)
+            and hashes[:done] == self._hashes
+        ):
+            if done < len(hashes):
+                self._hashes = []  # nothing is valid until the advance has ended
+                self._cache.advance(key, lambda i, x: prefix.run(x, self._examples(loader, i), start=done - 1))
+            advanced = len(hashes) - done
+        else:
+            self.close()
+            self._cache = ActivationCache(
+                self._placement,
+                kind="disk" if kind == "disk" else "host",
+                host_budget=parse_bytes(self._cfg.host_budget, "cache.host_budget"),
+                disk_budget=parse_bytes(self._cfg.disk_budget, "cache.disk_budget"),
+                directory=self._directory,
+                read_ahead=self._cfg.read_ahead,
+            )
+            visit = self._placement.put(np.int32(FIXED_VISIT), self._placement.replicated)
+            self._cache.fill(key, ids, lambda i: prefix(self._examples(loader, i), visit))
+            advanced = None
+        self._parts, self._hashes, self._key = parts, hashes, key
+        return advanced
+
+    def _examples(self, loader: Loader, batch_id: int) -> Examples:
+        return put_examples(self._placement, loader.examples(batch_id))
+
+    def read(self, order: Sequence[int]) -> Iterator[jax.Array]:
+        """The chunks of these batch ids, on the device, read ahead."""
+        assert self._cache is not None
+        return self._cache.read(self._key, order)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes held in host memory and on disk."""
+        if self._cache is None:
+            return {"host": 0, "disk": 0}
+        return {"host": self._cache.host_bytes, "disk": self._cache.disk_bytes}
+
+    def close(self) -> None:
+        """Release the chunks and remove the spill file."""
+        if self._cache is not None:
+            self._cache.close()
+        self._cache, self._parts, self._hashes = None, {}, []

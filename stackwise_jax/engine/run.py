@@ -1,0 +1,455 @@
+"""Runs any list of phases; knows the name of no mode.
+
+For each phase: 1. grow the stacks of the path that do not exist; 2. store what does not learn in the phase's frozen format
+(its full-precision copy stays in the store); 3. cache or recompute the prefix; 4. learning state = (step, learning trees,
+optimizer state), donated, the frozen trees beside it; 5. the loop of `resident.run_phase`; 6. write only what changed, drop
+optimizer and cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import time
+from typing import Any
+
+import jax
+
+from stackwise_jax.checkpoint import MetricsLog, Progress, Store
+from stackwise_jax.curriculum import Phase
+from stackwise_jax.engine import directory
+from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
+from stackwise_jax.engine.events import NullReporter, Reporter
+from stackwise_jax.engine.heldout import held_out, held_out_batches
+from stackwise_jax.engine.prefix import Prefix, PrefixCache
+from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
+from stackwise_jax.engine.resident import (
+    Feed,
+    constants_of,
+    initial_state,
+    learned_trees,
+    load_state,
+    run_phase,
+    split_phase,
+    step_spec,
+)
+from stackwise_jax.engine.setup import Setup
+from stackwise_jax.engine.step import StepData, StepSpec, TrainState
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, stack_item
+from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.memory import peak_device_bytes, peak_host_bytes
+from stackwise_jax.model import combine
+
+Tree = Any
+OPTIMIZER = "optimizer"
+HISTORY = 64  # points of the loss history kept with each item
+
+
+class Interrupted(RunError):
+    """The run was asked to stop and has saved its state."""
+
+
+@dataclasses.dataclass
+class PhaseWork:
+    """What exists only while a phase runs."""
+
+    index: int
+    phase: Phase
+    window: Window
+    spec: StepSpec
+    frozen: Tree
+    feed: Feed
+    constants: dict[str, jax.Array]
+    cached_batches: int | None  # None: the prefix is recomputed
+    advanced_stacks: int | None
+    trainable: int
+    not_trained: int
+    step_bytes: int = 0  # device bytes of the compiled step
+    seconds: float = 0.0  # in this phase, earlier sessions included
+    skipped: int = 0  # non-finite steps in this phase
+    history: list = dataclasses.field(default_factory=list)
+
+
+class Run:
+    """One run, from where its directory stands to its end."""
+
+    def __init__(self, setup: Setup, reporter: Reporter | None = None, stop: threading.Event | None = None):
+        self.setup, self.config, self.phases = setup, setup.config, setup.plan.phases
+        self.first = jax.process_index() == 0
+        self.reporter: Reporter = reporter if reporter is not None and self.first else NullReporter()
+        self.stop = stop or threading.Event()
+        self.placement = setup.placement
+        self.programs = StepPrograms(self.placement)
+        self.loader = setup.loader()
+        self.number, self.global_step, self.results = 0, 0, []
+
+    # The two ends of a run.
+
+    def train(self) -> dict:
+        """Train to the end and return the summary; continues what the run directory holds.
+
+        Raises:
+            UsageError: the directory belongs to another configuration, or the data changed.
+            Interrupted: `stop` was set; everything is saved and the same call continues.
+            RunError: the disk is full, a checkpoint is damaged, or too many steps in a row were not finite.
+        """
+        progress = self._open()
+        if progress.finished:
+            self.reporter.note(f"{self.setup.run_dir} is finished; there is nothing left to do")
+            return self._summary()
+        try:
+            for index in range(progress.phase, len(self.phases)):
+                self._phase(index, progress if index == progress.phase else None)
+        finally:
+            self.cache.close()
+            self.log.close()
+        return self._summary()
+
+    def _open(self) -> Progress:
+        run_dir, setup = self.setup.run_dir, self.setup
+        begun = directory.check_directory(run_dir, self.config)
+        if self.first and not begun:
+            directory.create_directory(run_dir, self.config, setup.plan, setup.tokenizer)
+        _wait_for_all("run directory")
+        self.store = Store(run_dir / directory.CHECKPOINTS, keep=self.config.run.keep)
+        self.log = MetricsLog(run_dir / directory.METRICS)
+        self.cache = PrefixCache(self.config.cache, self.placement, run_dir / directory.CACHE)
+        root_key = self.placement.put(jax.random.key(self.config.run.seed), self.placement.replicated)
+        self.weights = Weights(setup.rack, self.placement, self.store, root_key)
+        progress = self.store.latest() or self._begin()
+        if progress.data["fingerprint"] != setup.train.fingerprint:
+            raise UsageError(
+                f"the training text is not the one that {run_dir} was begun with; "
+                "restore data.path (or data.source) or name another run.dir"
+            )
+        self.number, self.global_step = progress.number, progress.global_step
+        self.results = list(progress.results)
+        self.weights.versions = {k: v for k, v in progress.versions.items() if k != OPTIMIZER}
+        if self.first:
+            self.log.truncate(progress.metrics_bytes)
+        if progress.number > 1 and not progress.finished:
+            name = self.phases[progress.phase].name
+            self.reporter.note(f"continuing {run_dir}: phase '{name}', step {progress.step}")
+        return progress
+
+    def _begin(self) -> Progress:
+        """Write the items that exist before the first phase, one at a time, and the first progress record."""
+        items = [EMBED, HEAD, *(stack_item(i) for i in sorted(self.setup.plan.start))]
+        for item in items:
+            self._grow(item, "start")
+            self.weights.drop(item)
+        return self._commit(phase=0, step=0)
+
+    def _summary(self) -> dict:
+        summary = {
+            "run": str(self.setup.run_dir),
+            "plan": self.config.curriculum.plan,
+            "phases": [{k: v for k, v in r.items() if k not in ("versions", "formats")} for r in self.results],
+            "held_out_loss": self.results[-1]["held_out_loss"],
+            "bits_per_byte": self.results[-1]["bits_per_byte"],
+            "tokens": sum(r["tokens"] for r in self.results),
+            "flops": sum(r["flops"] for r in self.results),
+            "seconds": sum(r["seconds"] for r in self.results),
+        }
+        if self.first:
+            text = json.dumps(summary, indent=2) + "\n"
+            directory.write_atomically(self.setup.run_dir / directory.SUMMARY, text)
+        return summary
+
+    # One phase.
+
+    def _phase(self, index: int, progress: Progress | None) -> None:
+        start = progress.step if progress else 0
+        work, state = self._set_up(index, start)
+        phase = work.phase
+        if progress and start:
+            state = self._restore(state, progress, work)
+        constants = work.constants
+        feed = iter(work.feed)
+        first = next(feed)
+        compiled = self.programs.get(work.spec, state, work.frozen, first, constants)
+        work.step_bytes = compiled_bytes(compiled)["total"]
+        state = run_phase(
+            compiled,
+            state,
+            work.frozen,
+            constants,
+            _chain(first, feed),
+            range(start, phase.steps),
+            before_step=lambda step, state, flush: self._before_step(work, step, start, state, flush),
+            on_metrics=lambda step, metrics, seconds: self._on_metrics(work, step, metrics, seconds),
+        )
+        self._finish_phase(work, state)
+
+    def _set_up(self, index: int, start: int) -> tuple[PhaseWork, TrainState]:
+        phase, weights, rack = self.phases[index], self.weights, self.setup.rack
+        task = self.setup.task(phase)
+        choice = self.cache.choose(phase, self.loader, task)
+        corruption = "fixed" if choice.use or phase.corruption == "fixed" else "fresh"
+        phase = dataclasses.replace(phase, corruption=corruption)
+        self._place(phase)
+        constants = constants_of(self.placement, phase.seed, index, self.setup.tokenizer.token_bytes)
+        prefix = Prefix(weights, phase, task, self.placement, constants["corruption_key"])
+        reason, advanced = choice.reason, None
+        if choice.use:
+            data = f"{self.setup.train.fingerprint}/{self.config.run.seed}/{self.loader.batch_size}"
+            advanced = self.cache.prepare(prefix, weights, phase, self.loader, choice.kind, data)
+            reason += "; filled" if advanced is None else f"; advanced through {advanced} more stack(s)"
+            for item in prefix.items:
+                weights.to_host(item)
+        else:
+            self.cache.close()
+        window = Window(rack, phase)
+        spec = step_spec(task, phase, window)
+        stacks = {i: weights.on_device(stack_item(i)) for i in phase.window}
+        embed, head = weights.on_device(EMBED), weights.on_device(HEAD)
+        learning, frozen = split_phase(spec, window, embed, head, stacks)
+        del stacks, embed, head
+        state = initial_state(spec, self.placement, learning)
+        merged = [stack_item(i) for ids in window.ids if len(ids) > 1 for i in ids]
+        for item in {*self._learning_items(phase), *merged}:
+            weights.drop(item)  # it lives in the trees of the step now; what learns is donated
+        # A cached phase meets the same batches as the phases before it, any other goes on in the stream.
+        offset = 0 if choice.use else sum(p.steps for p in self.phases[:index])
+        feed = Feed(phase, self.loader, prefix, self.cache if choice.use else None, self.placement, offset, start)
+        trainable, not_trained = trainable_and_frozen(rack, phase)
+        chunks = choice.n_chunks if choice.use else None
+        counts = (chunks, advanced, trainable, not_trained)
+        work = PhaseWork(index, phase, window, spec, frozen, feed, constants, *counts)
+        info = {"steps": phase.steps, "start_step": start, "cache": reason}
+        info |= {"trainable_params": trainable, "frozen_params": not_trained}
+        self.reporter.phase_start(index, len(self.phases), phase, info)
+        return work, state
+
+    def _place(self, phase: Phase) -> None:
+        """Bring every item of the path into its format for this phase; grow those that do not exist."""
+        learning = self._learning_items(phase)
+        for item in [EMBED, HEAD, *(stack_item(i) for i in phase.path)]:
+            if item not in self.weights.versions and item not in learning:
+                self._grow(item, phase.name)
+            self.weights.require(item, self.weights.master if item in learning else phase.frozen)
+
+    def _learning_items(self, phase: Phase) -> list[str]:
+        items = [stack_item(i) for i in sorted(phase.train)]
+        return items + [EMBED] * phase.train_embed + [HEAD] * phase.train_head
+
+    # Called by the loop.
+
+    def _before_step(self, work: PhaseWork, step: int, start: int, state: TrainState, flush) -> None:
+        run = self.config.run
+        stopping = self._agree_to_stop()
+        if step > start:
+            if run.eval_every and step % run.eval_every == 0:
+                flush()
+                self._evaluate_window(work, step, state)
+            if stopping or (run.save_every and step % run.save_every == 0):
+                flush()
+                self._save_inside(work, step, state)
+        if stopping:
+            raise Interrupted(
+                f"stopped at phase '{work.phase.name}', step {step}; the same command continues {self.setup.run_dir}"
+            )
+
+    def _agree_to_stop(self) -> bool:
+        if jax.process_count() == 1:
+            return self.stop.is_set()
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(self.stop.is_set()).any())
+
+    def _on_metrics(self, work: PhaseWork, step: int, metrics: dict[str, float], seconds: float) -> None:
+        run, phase = self.config.run, work.phase
+        work.seconds += seconds
+        finite = metrics.pop("finite") > 0
+        work.skipped += not finite
+        bad_steps = int(metrics.pop("bad_steps"))
+        done = self.global_step + 1
+        self.global_step = done
+        row: dict[str, Any] = {"phase": phase.name, "step": step, "global_step": done, **metrics}
+        row |= {"lr": float(work.feed.rates[step]), "skipped": work.skipped}
+        if step % run.log_every == 0 or step == phase.steps - 1 or not finite:
+            self._log(row)
+            work.history.append([done, metrics["loss"] if finite else None])
+        tokens = self.loader.batch_size * self.config.data.seq_len
+        left = sum(p.steps for p in self.phases[work.index :]) - step - 1
+        row |= {
+            "steps": phase.steps,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "seconds_left": left * work.seconds / max(step + 1, 1),
+            "device_bytes": peak_device_bytes() or work.step_bytes,
+            "host_bytes": peak_host_bytes(),
+        }
+        self.reporter.step(row)
+        if bad_steps >= run.max_bad_steps:
+            raise RunError(
+                f"phase '{phase.name}', step {step}: loss or gradient was not finite {bad_steps} steps in a row; lower "
+                "optimizer.lr or set optimizer.grad_clip, and start again in another run.dir (the last checkpoint is kept)"
+            )
+
+    def _log(self, row: dict) -> None:
+        """One line of metrics.jsonl: nothing in it depends on the clock, so a resumed run writes the same bytes."""
+        if self.first:
+            clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in row.items()}
+            self.log.append(clean)
+
+    # Held-out loss.
+
+    def _held_out(self, work: PhaseWork, stacks: list, embed: Tree, head: Tree) -> dict[str, float]:
+        run, setup = self.config.run, self.setup
+        batches = held_out_batches(setup.valid, self.loader.batch_size, setup.tokenizer.pad_id, run.eval_batches)
+        return held_out(work.spec.task, self.placement, stacks, embed, head, batches, work.constants["token_bytes_V"])
+
+    def _evaluate_window(self, work: PhaseWork, step: int, state: TrainState) -> None:
+        """Held-out loss in the middle of a phase, straight from the state."""
+        rack, weights = self.setup.rack, self.weights
+        stacks = [(rack.stacks[i], weights.trees[stack_item(i)]) for i in work.phase.prefix]
+        trees = zip(state.learning["stacks"], work.frozen["stacks"], strict=True)
+        stacks += [(g, combine(a, b)) for g, (a, b) in zip(work.window.groups, trees, strict=True)]
+        embed = state.learning["embed"] if work.spec.train_embed else weights.on_device(EMBED)
+        head = state.learning["head"] if work.spec.train_head else weights.on_device(HEAD)
+        loss = self._held_out(work, stacks, embed, head)
+        self._report_held_out(work, step, loss)
+
+    def _report_held_out(self, work: PhaseWork, step: int, loss: dict[str, float]) -> None:
+        row = {
+            "phase": work.phase.name,
+            "step": step,
+            "global_step": self.global_step,
+            "depth": len(work.phase.path),
+            "held_out_loss": loss["loss"],
+            "bits_per_byte": loss["bits_per_byte"],
+            "accuracy": loss["accuracy"],
+        }
+        self._log(row)
+        self.reporter.evaluation(row)
+
+    def _finish_phase(self, work: PhaseWork, state: TrainState) -> None:
+        phase, weights, rack = work.phase, self.weights, self.setup.rack
+        learned = learned_trees(rack, work.spec, work.window, state, work.frozen)
+        del state
+        for item, tree in learned.items():
+            weights.set(item, tree, weights.master)
+        work.frozen = None
+        stacks = []
+        for i in phase.path:
+            weights.require(stack_item(i), weights.formats[stack_item(i)])
+            stacks.append((rack.stacks[i], weights.trees[stack_item(i)]))
+        loss = self._held_out(work, stacks, weights.on_device(EMBED), weights.on_device(HEAD))
+        self._report_held_out(work, phase.steps, loss)
+        self._save_items(work, learned, phase.steps)
+        tokens = phase.steps * self.loader.batch_size * self.config.data.seq_len
+        result = {
+            "index": work.index,
+            "name": phase.name,
+            "held_out_loss": loss["loss"],
+            "bits_per_byte": loss["bits_per_byte"],
+            "accuracy": loss["accuracy"],
+            "trainable_params": work.trainable,
+            "frozen_params": work.not_trained,
+            "tokens": tokens,
+            "flops": phase_flops_of(rack, phase, self.config.data, cached_batches=work.cached_batches, advanced_stacks=work.advanced_stacks),
+            "seconds": work.seconds,
+            "skipped_steps": work.skipped,
+            "peak_device_bytes": peak_device_bytes() or work.step_bytes,
+            "peak_host_bytes": peak_host_bytes(),
+            "cache_bytes": self.cache.bytes,
+            "versions": dict(weights.versions),
+            "formats": dict(weights.formats),
+        }
+        self.results.append(result)
+        last = work.index == len(self.phases) - 1
+        self._commit(phase=work.index + 1, step=0, finished=last)
+        self.reporter.phase_end(result)
+
+    # Saving.
+
+    def _grow(self, item: str, phase_name: str) -> None:
+        self.weights.grow(item)
+        meta = {"kind": item.split("/")[0], "phase": phase_name, "format": self.weights.master, "loss_history": []}
+        self.store.save_item(item, self.number + 1, self.weights.trees[item], meta)
+        self.weights.versions[item] = self.number + 1
+
+    def _save_items(self, work: PhaseWork, learned: dict[str, Tree], step: int) -> None:
+        stride = -(-len(work.history) // HISTORY) or 1
+        meta = {
+            "phase": work.phase.name,
+            "phase_index": work.index,
+            "step": step,
+            "format": self.weights.master,
+            "loss_history": work.history[::stride],
+        }
+        for item, tree in learned.items():
+            self.store.save_item(item, self.number + 1, tree, meta | {"kind": item.split("/")[0]})
+            self.weights.versions[item] = self.number + 1
+
+    def _save_inside(self, work: PhaseWork, step: int, state: TrainState) -> None:
+        """A checkpoint in the middle of a phase: what learns and its optimizer state."""
+        learned = learned_trees(self.setup.rack, work.spec, work.window, state, work.frozen)
+        self._save_items(work, learned, step)
+        leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}
+        meta = {"kind": OPTIMIZER, "phase": work.phase.name, "phase_index": work.index, "step": step}
+        if leaves:
+            self.store.save_item(OPTIMIZER, self.number + 1, leaves, meta)
+        extra = {"seconds": work.seconds, "skipped": work.skipped, "history": work.history}
+        bad_steps = int(jax.device_get(state.bad_steps))
+        self._commit(work.index, step, optimizer=bool(leaves), extra=extra, bad_steps=bad_steps)
+
+    def _commit(
+        self,
+        phase: int,
+        step: int,
+        *,
+        finished: bool = False,
+        optimizer: bool = False,
+        extra: dict | None = None,
+        bad_steps: int = 0,
+    ) -> Progress:
+        self.number += 1
+        versions = dict(self.weights.versions) | ({OPTIMIZER: self.number} if optimizer else {})
+        self.log.sync()
+        progress = Progress(
+            number=self.number,
+            phase=phase,
+            step=step,
+            global_step=self.global_step,
+            versions=versions,
+            formats=dict(self.weights.formats),
+            data={"fingerprint": self.setup.train.fingerprint},
+            metrics_bytes=self.log.tell() if self.first else 0,
+            results=self.results,
+            bad_steps=bad_steps,
+            finished=finished,
+            extra=extra or {},
+        )
+        self.store.commit(progress)
+        return progress
+
+    def _restore(self, state: TrainState, progress: Progress, work: PhaseWork) -> TrainState:
+        """The state as it was saved in the middle of this phase; the learning trees are already the saved ones."""
+        work.seconds, work.skipped = progress.extra["seconds"], progress.extra["skipped"]
+        work.history = list(progress.extra["history"])
+        leaves, structure = jax.tree.flatten(state.opt)
+        if leaves:
+            like = {
+                f"{i:04d}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for i, x in enumerate(leaves)
+            }
+            saved = self.store.load_item(OPTIMIZER, progress.versions[OPTIMIZER], like)
+            leaves = [saved[name] for name in like]
+        opt = jax.tree.unflatten(structure, leaves)
+        return load_state(self.weights, state, opt, progress.step, progress.bad_steps)
+
+
+def _chain(first: StepData, rest):
+    yield first
+    yield from rest
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+__all__ = ["HEAD", "Interrupted", "Run"]

@@ -1,0 +1,93 @@
+"""From a configuration to the parts of a run: tokenizer, text, rack, plan and devices. Writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from stackwise_jax.config import StackWiseConfig
+from stackwise_jax.curriculum import Phase, Plan, RackShape, make_plan
+from stackwise_jax.data import Dataset, Loader, Tokenizer, load_datasets, load_tokenizer, training_texts
+from stackwise_jax.engine.step import TaskSpec
+from stackwise_jax.errors import UsageError
+from stackwise_jax.memory import Placement, make_mesh
+from stackwise_jax.model import Rack, create_rack_from_config, regroup
+from stackwise_jax.objectives import Vocab
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run is made of, before a weight is allocated."""
+
+    config: StackWiseConfig
+    run_dir: Path
+    tokenizer: Tokenizer
+    rack: Rack
+    plan: Plan
+    placement: Placement
+    train: Dataset
+    valid: Dataset
+
+    @property
+    def vocab(self) -> Vocab:
+        """What corruption and loss need to know of the tokenizer."""
+        return vocab_of(self.tokenizer)
+
+    def task(self, phase: Phase) -> TaskSpec:
+        """What the phase asks of the model."""
+        ends = self.rack.clone(stacks=self.rack.stacks[:1], parent=None)
+        return TaskSpec(ends, phase.objective, phase.noise, phase.attention_mode, self.vocab)
+
+    def loader(self) -> Loader:
+        """The infinite stream of training batches."""
+        data = self.config.data
+        return Loader(self.train, data.batch_size, self.config.run.seed, shuffle=data.shuffle)
+
+
+def vocab_of(tokenizer: Tokenizer) -> Vocab:
+    """The tokenizer as objectives see it."""
+    return Vocab(tokenizer.vocab_size, tokenizer.mask_id, tokenizer.pad_id, tokenizer.n_special)
+
+
+def rack_shape(rack: Rack) -> RackShape:
+    """The rack as plans see it."""
+    counts = tuple(len(stack.blocks) for stack in rack.stacks)
+    frozen = frozenset(i for i, stack in enumerate(rack.stacks) if stack.freeze_blocks)
+    return RackShape(counts, frozen, rack.tie_embeddings)
+
+
+def start_devices(config: StackWiseConfig) -> Placement:
+    """Join the processes of a run (when there are several) and make the mesh.
+
+    Raises:
+        UsageError: the mesh does not fit the devices, or the batch does not fit the mesh.
+    """
+    mesh_cfg = config.mesh
+    if mesh_cfg.num_processes > 1 and not jax.distributed.is_initialized():
+        if mesh_cfg.coordinator is None:
+            raise UsageError("mesh.coordinator is missing; write host:port of process 0, the same for all processes")
+        jax.distributed.initialize(mesh_cfg.coordinator, mesh_cfg.num_processes, mesh_cfg.process_id)
+    placement = Placement(make_mesh(mesh_cfg))
+    placement.check_batch(config.data.batch_size // config.optimizer.microbatches)
+    return placement
+
+
+def prepare(config: StackWiseConfig, run_dir: Path, rack: Rack | None = None) -> Setup:
+    """Build the parts of a run.
+
+    Args:
+        rack: a rack built by hand (unlike stacks, frozen stacks); None: the one that the configuration describes.
+
+    Raises:
+        UsageError: anything in the configuration that cannot be run, named by key or file.
+    """
+    placement = start_devices(config)
+    seed = config.run.seed
+    tokenizer = load_tokenizer(config.tokenizer, lambda: training_texts(config.data, seed), run_dir / "tokenizer")
+    if rack is None:
+        rack = create_rack_from_config(config, tokenizer.vocab_size)
+    plan = make_plan(config, rack_shape(rack))
+    train, valid = load_datasets(config.data, tokenizer, seed)
+    return Setup(config, run_dir, tokenizer, regroup(rack, plan.stack_sizes), plan, placement, train, valid)

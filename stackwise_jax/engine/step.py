@@ -1,0 +1,210 @@
+"""The training step of a phase, as a pure function of (state, frozen trees, data).
+
+What learns is the argument that is differentiated; what does not is another argument. Optimizer state and gradients exist
+only for what learns. The step sees the window of a phase: the stacks from the first that learns to the head. What lies
+before it arrives as activations.
+
+Legend: B batch, T sequence, D d_model, V vocabulary, M microbatches, k predicted positions per sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stackwise_jax.config.schema import OptimizerConfig
+from stackwise_jax.curriculum.phase import AttentionMode, Noise, Objective
+from stackwise_jax.engine.optimizer import make_optimizer
+from stackwise_jax.kernels.cross_entropy import gather_targets, linear_cross_entropy
+from stackwise_jax.model import Rack, Stack, combine, embed_tokens, final_hidden, head_kernel
+from stackwise_jax.objectives import Batch, Examples, Vocab, example_keys, make_batch, max_targets
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What is asked of the model: enough to turn examples into a batch and hidden states into a loss. Hashable."""
+
+    rack: Rack  # read for its embedding, final norm and head only
+    objective: Objective
+    noise: Noise
+    attention_mode: AttentionMode | None
+    vocab: Vocab
+
+    def batch(self, examples: Examples, seed_key: jax.Array, visit: jax.Array) -> Batch:
+        """The batch of these examples; visit is 0 for fixed corruption and the step of the run for fresh."""
+        keys_B = example_keys(seed_key, examples.example_ids_B, visit)
+        return make_batch(self.objective, self.noise, examples, keys_B, self.vocab)
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """All that decides what a training step compiles to, besides shapes. Equal specs share one compiled step."""
+
+    task: TaskSpec
+    groups: tuple[Stack, ...]  # the window; neighbouring alike stacks are merged into one scan
+    learns: tuple[bool, ...]  # per group
+    from_tokens: bool  # the window begins with the embedding
+    train_embed: bool
+    train_head: bool
+    dropout: bool
+    microbatches: int
+    optimizer: OptimizerConfig
+
+
+class TrainState(NamedTuple):
+    """What a step consumes and returns; donated."""
+
+    step: jax.Array  # int32, steps done in this phase; counts skipped steps too
+    bad_steps: jax.Array  # int32, non-finite steps in a row up to now
+    learning: Tree  # {"embed"?, "stacks": one tree per group, "head"?}
+    opt: Tree
+
+
+class StepData(NamedTuple):
+    """One step's worth of data on the device."""
+
+    examples: Examples
+    hidden_BTD: jax.Array | None  # output of the prefix; None when the window begins with the embedding
+    lr: jax.Array  # float32
+    visit: jax.Array  # int32, see TaskSpec.batch
+
+
+def token_loss(
+    task: TaskSpec, head: Tree, embed: Tree | None, x_BTD: jax.Array, batch: Batch, *, train_kernel: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of the negative log-likelihoods in nats and the number of weighted positions predicted right.
+
+    The head sees only positions that carry weight, and never holds all logits.
+    """
+    hidden_BTD = final_hidden(task.rack, head, x_BTD)
+    seq_len = batch.targets_BT.shape[1]
+    k = max_targets(task.objective, task.noise, seq_len)
+    targets_Bk, weights_Bk = batch.targets_BT, batch.weights_BT
+    if k < seq_len:
+        hidden_BTD, targets_Bk, weights_Bk = gather_targets(hidden_BTD, targets_Bk, weights_Bk, k)
+    kernel_DV = head_kernel(task.rack, head, embed)
+    nll, stats = linear_cross_entropy(
+        hidden_BTD, kernel_DV, targets_Bk, weights_Bk, n_valid=task.vocab.size, train_kernel=train_kernel
+    )
+    return nll, stats["correct"]
+
+
+def window_loss(
+    spec: StepSpec,
+    learning: Tree,
+    frozen: Tree,
+    batch: Batch,
+    hidden_BTD: jax.Array | None,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Run the window over a (micro)batch and return token_loss. Differentiable in `learning`."""
+    task = spec.task
+    embed = learning.get("embed", frozen.get("embed"))
+    head = learning.get("head", frozen.get("head"))
+    x_BTD = embed_tokens(task.rack, embed, batch.inputs_BT) if spec.from_tokens else hidden_BTD
+    assert x_BTD is not None
+    for i, stack in enumerate(spec.groups):
+        params = combine(learning["stacks"][i], frozen["stacks"][i])
+        key = None if dropout_key is None or not spec.learns[i] else jax.random.fold_in(dropout_key, i)
+        x_BTD = stack.apply(
+            {"params": params},
+            x_BTD,
+            positions_BT=batch.positions_BT,
+            segment_ids_BT=batch.segment_ids_BT,
+            attention_mode=task.attention_mode,
+            dropout_key=key,
+        )
+    train_kernel = spec.train_head or (spec.train_embed and task.rack.tie_embeddings)
+    return token_loss(task, head, embed, x_BTD, batch, train_kernel=train_kernel)
+
+
+def _split(tree: Tree, n: int) -> Tree:
+    """(B, ...) -> (n, B/n, ...). Each part takes every n-th row, so that a batch axis split over devices stays split."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def batch_gradients(
+    spec: StepSpec, learning: Tree, frozen: Tree, batch: Batch, hidden_BTD: jax.Array | None, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Tree]:
+    """(nll sum, correct, gradient of the mean loss) of the full batch, computed in spec.microbatches parts."""
+    total = jnp.maximum(batch.counts_BT.sum(), 1.0)
+
+    def loss(learning, part: Batch, hidden, key):
+        nll, correct = window_loss(spec, learning, frozen, part, hidden, key)
+        return nll / total, (nll, correct)
+
+    grad = jax.grad(loss, has_aux=True)
+    if spec.microbatches == 1:
+        grads, (nll, correct) = grad(learning, batch, hidden_BTD, key)
+        return nll, correct, grads
+
+    def body(carry, part):
+        index, (part_batch, part_hidden) = part
+        part_key = None if key is None else jax.random.fold_in(key, index)
+        grads, (nll, correct) = grad(learning, part_batch, part_hidden, part_key)
+        sums, nll_sum, correct_sum = carry
+        sums = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)
+        return (sums, nll_sum + nll, correct_sum + correct), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), learning)
+    parts = (jnp.arange(spec.microbatches), _split((batch, hidden_BTD), spec.microbatches))
+    (grads, nll, correct), _ = jax.lax.scan(body, (zeros, jnp.float32(0), jnp.float32(0)), parts)
+    return nll, correct, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, learning)
+
+
+def train_step(
+    spec: StepSpec, state: TrainState, frozen: Tree, data: StepData, constants: Tree
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of what learns.
+
+    A non-finite loss or gradient skips the update: parameters and optimizer state stay as they were, and the step counts
+    as bad.
+
+    Args:
+        frozen: {"embed"?, "stacks": one tree per group (for a learning group its fixed part), "head"?}.
+        constants: {"corruption_key", "dropout_key", "token_bytes_V"}.
+
+    Returns:
+        The new state, and scalars: loss (nats per token), bits_per_byte of the original text, accuracy (share of the
+        predicted positions), grad_norm, bad_steps (in a row), finite.
+    """
+    batch = spec.task.batch(data.examples, constants["corruption_key"], data.visit)
+    key = jax.random.fold_in(constants["dropout_key"], state.step) if spec.dropout else None
+    nll, correct, grads = batch_gradients(spec, state.learning, frozen, batch, data.hidden_BTD, key)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
+
+    updates, opt = make_optimizer(spec.optimizer).update(grads, state.opt, state.learning)
+    learning = jax.tree.map(lambda p, u: p + (data.lr * u).astype(p.dtype), state.learning, updates)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+    bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+    new_state = TrainState(state.step + 1, bad_steps, keep(learning, state.learning), keep(opt, state.opt))
+    metrics = batch_metrics(batch, nll, correct, constants["token_bytes_V"])
+    return new_state, metrics | {"grad_norm": grad_norm, "bad_steps": bad_steps, "finite": finite}
+
+
+def batch_sums(batch: Batch, nll: jax.Array, correct: jax.Array, token_bytes_V: jax.Array) -> dict[str, jax.Array]:
+    """The sums that loss, bits per byte and accuracy are quotients of; those of several batches add up."""
+    return {
+        "nll": nll,
+        "tokens": batch.counts_BT.sum(),
+        "bytes": (batch.counts_BT * token_bytes_V[batch.targets_BT]).sum(),
+        "correct": correct,
+        "predicted": (batch.weights_BT > 0).sum().astype(jnp.float32),
+    }
+
+
+def batch_metrics(batch: Batch, nll: jax.Array, correct: jax.Array, token_bytes_V: jax.Array) -> dict[str, jax.Array]:
+    """loss in nats per token, bits per byte of the original text, and accuracy on the predicted positions."""
+    sums = batch_sums(batch, nll, correct, token_bytes_V)
+    return {
+        "loss": sums["nll"] / jnp.maximum(sums["tokens"], 1.0),
+        "bits_per_byte": sums["nll"] / jnp.log(2.0) / jnp.maximum(sums["bytes"], 1.0),
+        "accuracy": sums["correct"] / jnp.maximum(sums["predicted"], 1.0),
+    }

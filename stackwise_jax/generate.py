@@ -1,0 +1,110 @@
+"""Continue a text with a trained run: `python -m stackwise_jax.generate RUN --prompt TEXT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from stackwise_jax.errors import UsageError
+from stackwise_jax.reporting.command import add_common, run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stackwise_jax.generate",
+        description="Continue a text with the model of a run: left to right with a key/value cache (objective clm), or "
+        "by unmasking a block behind the prompt (mlm, diffusion).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument("--prompt", default="", help="text to start from; may be empty")
+    parser.add_argument("--max_tokens", type=int, default=128, help="new tokens (clm: at most)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest tokens; 0: all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest tokens of this joint probability")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    parser.add_argument("--steps", type=int, help="mlm, diffusion: forward passes; not given: one per token")
+    parser.add_argument(
+        "--order", choices=("confidence", "random"), help="mlm, diffusion: which tokens are unmasked first"
+    )
+    parser.add_argument("--depth", type=int, help="use the first K stacks only; not given: all that were trained")
+    add_common(parser)
+    return parser
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    """Load the run, make and print the text, and return the answer for --json.
+
+    `seconds` covers the sampling from prompt to text, its compilation included, and `tokens` are the new ones.
+
+    Raises:
+        UsageError: the run does not exist, or an argument is out of its range or does not go with the run's objective.
+    """
+    from stackwise_jax.engine import load_rack
+    from stackwise_jax.sampling import sample
+
+    if not _is_text(args.prompt):
+        raise UsageError("--prompt holds bytes that are no UTF-8 text; write it in UTF-8")
+    loaded = load_rack(args.run, depth=args.depth)
+    causal = loaded.objective_kind == "clm"
+    if causal and (args.steps is not None or args.order is not None):
+        raise UsageError(
+            "--steps and --order are for runs that learned to fill masks (objective.kind mlm or diffusion); "
+            f"{args.run} was trained with clm, so leave them out"
+        )
+    start = time.perf_counter()
+    result = sample(
+        loaded.rack,
+        loaded.params,
+        loaded.tokenizer,
+        args.prompt,
+        objective_kind=loaded.objective_kind,
+        attention_mode=loaded.attention_mode,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        steps=args.steps,
+        order=args.order or "confidence",
+    )
+    seconds = time.perf_counter() - start
+    _warn_of_length(result.n_prompt + result.n_new, loaded.config.data.seq_len)
+    print(result.text)
+    return {
+        "prompt": args.prompt,
+        "text": result.text,
+        "tokens": result.n_new,
+        "seconds": seconds,
+        "tokens_per_second": result.n_new / seconds,
+    }
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:  # Python keeps undecodable bytes of the command line as lone surrogates
+        return False
+    return True
+
+
+def _warn_of_length(n_tokens: int, seq_len: int) -> None:
+    if n_tokens > seq_len:
+        print(
+            f"note: prompt and new text are {n_tokens} tokens long, the run saw at most {seq_len} at once "
+            "(data.seq_len); beyond that the text may be worse",
+            file=sys.stderr,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(generate, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

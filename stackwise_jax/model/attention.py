@@ -1,0 +1,93 @@
+"""Multi-head and grouped-query self-attention, over whole sequences and one step at a time with a cache.
+
+Another kind of attention is another file with these four functions; Block chooses between them in one place.
+
+Legend: B batch, T sequence, S new positions while decoding, M positions that the cache holds, D d_model, H heads,
+K key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from stackwise_jax.kernels.attention.api import attention
+from stackwise_jax.model.linear import RESIDUAL_GAIN, init_kernel, linear
+from stackwise_jax.model.rope import rope
+from stackwise_jax.model.spec import Params, dtype_of
+
+if TYPE_CHECKING:
+    from stackwise_jax.model.block import Block
+
+
+def init_attention(block: Block, key: jax.Array) -> Params:
+    """{"q": (D, H*d), "k", "v": (D, K*d), "o": (H*d, D)}, each {"kernel": ...}."""
+    dtype, kv_width = dtype_of(block.param_dtype), block.kv_heads * block.head_dim
+    q_key, k_key, v_key, o_key = (jax.random.fold_in(key, i) for i in range(4))
+    return {
+        "q": {"kernel": init_kernel(q_key, block.d_model, block.d_model, dtype)},
+        "k": {"kernel": init_kernel(k_key, block.d_model, kv_width, dtype)},
+        "v": {"kernel": init_kernel(v_key, block.d_model, kv_width, dtype)},
+        "o": {"kernel": init_kernel(o_key, block.d_model, block.d_model, dtype, RESIDUAL_GAIN)},
+    }
+
+
+def self_attention(
+    block: Block,
+    params: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    causal: bool,
+) -> jax.Array:
+    """Every position looks at its own segment; with `causal` only at rows of the sequence up to its own."""
+    q_BTHd, k_BTKd, v_BTKd = _project(block, params, x_BTD, positions_BT)
+    o_BTHd = attention(
+        q_BTHd, k_BTKd, v_BTKd, causal=causal, q_segment_ids_BT=segment_ids_BT, kv_segment_ids_BS=segment_ids_BT
+    )
+    return _merge_heads(block, params, o_BTHd)
+
+
+def init_attention_cache(block: Block, batch: int, max_len: int, dtype: Any) -> Params:
+    """{"k", "v": (B, M, K, d)} of zeros."""
+    shape = (batch, max_len, block.kv_heads, block.head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+def cached_attention(
+    block: Block, params: Params, x_BSD: jax.Array, positions_BS: jax.Array, cache: Params
+) -> tuple[jax.Array, Params]:
+    """Causal attention of S new positions over what the cache holds; positions are indices into the cache.
+
+    Keys and values of the new positions are written first. Everything up to a query's own position must have been
+    written before or now; what lies beyond it is not looked at.
+    """
+    q_BSHd, k_BSKd, v_BSKd = _project(block, params, x_BSD, positions_BS)
+    rows_B1 = jnp.arange(x_BSD.shape[0])[:, None]
+    cache = {
+        "k": cache["k"].at[rows_B1, positions_BS].set(k_BSKd.astype(cache["k"].dtype)),
+        "v": cache["v"].at[rows_B1, positions_BS].set(v_BSKd.astype(cache["v"].dtype)),
+    }
+    dtype = dtype_of(block.compute_dtype)
+    o_BSHd = attention(
+        q_BSHd, cache["k"].astype(dtype), cache["v"].astype(dtype), causal=True, q_positions_BT=positions_BS
+    )
+    return _merge_heads(block, params, o_BSHd), cache
+
+
+def _project(block: Block, params: Params, x_BTD: jax.Array, positions_BT: jax.Array):
+    dtype, (B, T, _) = dtype_of(block.compute_dtype), x_BTD.shape
+    q_BTHd = linear(x_BTD, params["q"]["kernel"], dtype).reshape(B, T, block.n_heads, block.head_dim)
+    k_BTKd = linear(x_BTD, params["k"]["kernel"], dtype).reshape(B, T, block.kv_heads, block.head_dim)
+    v_BTKd = linear(x_BTD, params["v"]["kernel"], dtype).reshape(B, T, block.kv_heads, block.head_dim)
+    if block.use_rope:
+        q_BTHd = rope(q_BTHd, positions_BT, block.rope_theta)
+        k_BTKd = rope(k_BTKd, positions_BT, block.rope_theta)
+    return q_BTHd, k_BTKd, v_BTKd
+
+
+def _merge_heads(block: Block, params: Params, o_BTHd: jax.Array) -> jax.Array:
+    B, T = o_BTHd.shape[:2]
+    return linear(o_BTHd.reshape(B, T, block.d_model), params["o"]["kernel"], dtype_of(block.compute_dtype))

@@ -1,0 +1,140 @@
+"""The parts of a rack as plain functions: what the engine composes, and what Rack itself is made of.
+
+`rack` is only read as a spec, so the functions can be jitted with it as a static argument.
+
+Legend: B batch, T sequence, S new positions while decoding, D d_model, V vocabulary (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from stackwise_jax.model.norm import init_norm, rms_norm
+from stackwise_jax.model.spec import Params, call, dtype_of, require
+from stackwise_jax.model.stack import Stack
+
+if TYPE_CHECKING:
+    from stackwise_jax.model.rack import Rack
+
+EMBED, HEAD, BLOCKS = 0, 1, 2  # streams folded into a run's root key
+
+
+def stack_name(index: int) -> str:
+    """The name of a stack in the parameter tree of a rack."""
+    return f"{index:03d}"
+
+
+def init_embed(rack: Rack, key: jax.Array) -> Params:
+    """{"embedding": (V, D)}, normal with standard deviation init_std. All init functions take the root key."""
+    return {"embedding": _normal(rack, jax.random.fold_in(key, EMBED), (rack.vocab_size, rack.d_model))}
+
+
+def init_head(rack: Rack, key: jax.Array) -> Params:
+    """{"norm": {"scale": (D,)}, "kernel": (D, V)}, normal with standard deviation init_std; no kernel when tied."""
+    norm = init_norm(rack.d_model, dtype_of(rack.param_dtype))
+    if rack.tie_embeddings:
+        return {"norm": norm}
+    return {"norm": norm, "kernel": _normal(rack, jax.random.fold_in(key, HEAD), (rack.d_model, rack.vocab_size))}
+
+
+def init_stack(rack: Rack, index: int, key: jax.Array) -> Params:
+    """The parameters of stack `index`. Each block's depend on its place in the rack only, never on the grouping."""
+    first_block = sum(len(stack.blocks) for stack in rack.stacks[:index])
+    return init_stack_blocks(rack.stacks[index], first_block, key)
+
+
+def init_stack_blocks(stack: Stack, first_block: int | jax.Array, key: jax.Array) -> Params:
+    """The parameters of a stack whose first block is the rack's block `first_block`, which may be traced."""
+    return stack.init_params(jax.random.fold_in(key, BLOCKS), first_block)
+
+
+def init_rack(rack: Rack, key: jax.Array) -> Params:
+    """All parameters of the rack: what `rack.init(key, tokens)["params"]` holds."""
+    stacks = {stack_name(i): init_stack(rack, i, key) for i in range(len(rack.stacks))}
+    return {"embed": init_embed(rack, key), "stacks": stacks, "head": init_head(rack, key)}
+
+
+def embed_tokens(rack: Rack, embed_params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of the embedding, in the compute dtype: (B, T) -> (B, T, D)."""
+    return embed_params["embedding"][tokens_BT].astype(dtype_of(rack.compute_dtype))
+
+
+def run_stacks(
+    stacks: Sequence[Stack],
+    params_list: Sequence[Params],
+    x_BTD: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    attention_mode: str | None = None,
+    dropout_key: jax.Array | None = None,
+    first_block: int | jax.Array = 0,
+) -> jax.Array:
+    """(B, T, D) -> (B, T, D) through the stacks in turn. Block i of them all drops as first_block + i (see Stack)."""
+    for stack, params in zip(stacks, params_list, strict=True):
+        x_BTD = call(stack, params, x_BTD, positions_BT, segment_ids_BT, attention_mode, dropout_key, first_block)
+        first_block = first_block + len(stack.blocks)
+    return x_BTD
+
+
+def final_hidden(rack: Rack, head_params: Params, x_BTD: jax.Array) -> jax.Array:
+    """The final norm."""
+    return rms_norm(x_BTD, head_params["norm"], rack.norm_eps)
+
+
+def head_kernel(rack: Rack, head_params: Params, embed_params: Params | None) -> jax.Array:
+    """The (D, V) matrix from hidden states to logits: the head's own, or the embedding's transpose when tied."""
+    if not rack.tie_embeddings:
+        return head_params["kernel"]
+    assert embed_params is not None, "a tied head needs the embedding"
+    return embed_params["embedding"].T
+
+
+def logits(rack: Rack, head_params: Params, embed_params: Params | None, x_BTD: jax.Array) -> jax.Array:
+    """Final norm and head: (B, T, D) -> (B, T, V) float32, the product accumulated in float32."""
+    hidden_BTD, kernel_DV = final_hidden(rack, head_params, x_BTD), head_kernel(rack, head_params, embed_params)
+    dtype = dtype_of(rack.compute_dtype)
+    return jnp.matmul(hidden_BTD.astype(dtype), kernel_DV.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def path(rack: Rack, depth: int | None) -> tuple[Stack, ...]:
+    """The first `depth` stacks (None: all).
+
+    Raises:
+        UsageError: the rack has not so many.
+    """
+    n_stacks = len(rack.stacks)
+    require(
+        depth is None or 1 <= depth <= n_stacks, f"depth is {depth}; write 1 to {n_stacks} (the stacks of the rack)"
+    )
+    return tuple(rack.stacks[:depth])
+
+
+def init_cache(rack: Rack, batch: int, max_len: int, dtype: Any = None, depth: int | None = None) -> list[Params]:
+    """An empty key/value cache per stack for `decode`; dtype None: the compute dtype."""
+    dtype = dtype_of(rack.compute_dtype) if dtype is None else dtype
+    return [stack.init_cache(batch, max_len, dtype) for stack in path(rack, depth)]
+
+
+def decode(
+    rack: Rack,
+    params: Params,
+    tokens_BS: jax.Array,
+    positions_BS: jax.Array,
+    caches: list[Params],
+    depth: int | None = None,
+) -> tuple[jax.Array, list[Params]]:
+    """Logits (B, S, V) float32 of S new tokens at these indices of the cache, and the caches that hold them too."""
+    x_BSD, new_caches = embed_tokens(rack, params["embed"], tokens_BS), []
+    for i, stack in enumerate(path(rack, depth)):
+        x_BSD, cache = call(stack, params["stacks"][stack_name(i)], x_BSD, positions_BS, caches[i], method="decode")
+        new_caches.append(cache)
+    return logits(rack, params["head"], params["embed"], x_BSD), new_caches
+
+
+def _normal(rack: Rack, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return (jax.random.normal(key, shape, jnp.float32) * rack.init_std).astype(dtype_of(rack.param_dtype))

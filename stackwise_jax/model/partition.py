@@ -1,0 +1,43 @@
+"""Cutting a stack's parameters into what may learn and what is fixed for good, and putting them together again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stackwise_jax.model.spec import Params
+from stackwise_jax.model.stack import Stack, block_name
+
+
+def split_fixed(stack: Stack, params: Params) -> tuple[Params, Params]:
+    """(learnable, fixed) of a stack's tree, or of any tree of the same shape (shardings, say); absent branches dropped.
+
+    Fixed are the up-projections of blocks with freeze_up_proj. Every leaf is in exactly one of the two.
+    """
+    alike = stack.block_alike
+    learnable, fixed = {}, {}
+    for i, block in enumerate(stack.blocks[:1] if alike else stack.blocks):
+        name = "blocks" if alike else block_name(i)
+        if not block.freeze_up_proj:
+            learnable[name] = params[name]
+            continue
+        mlp = dict(params[name]["mlp"])
+        fixed[name] = {"mlp": {"up": mlp.pop("up")}}
+        learnable[name] = {**params[name], "mlp": mlp}
+    return learnable, fixed
+
+
+def combine(a: Params, b: Params) -> Params:
+    """The union of two trees of nested dicts that share no leaf.
+
+    Raises:
+        ValueError: both hold a leaf at the same place.
+    """
+    merged: dict[str, Any] = dict(a)
+    for name, branch in b.items():
+        if name not in merged:
+            merged[name] = branch
+        elif isinstance(branch, dict) and isinstance(merged[name], dict):
+            merged[name] = combine(merged[name], branch)
+        else:
+            raise ValueError(f"both trees hold '{name}'")
+    return merged

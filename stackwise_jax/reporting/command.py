@@ -1,0 +1,118 @@
+"""What all commands share: how they parse, fail in one sentence, answer with JSON and choose the exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from stackwise_jax.errors import RunError, UsageError
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+
+
+def add_common(parser: ArgumentParser) -> None:
+    """Add the arguments that each command understands: --json and --debug (both off unless given)."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run_command(
+    main: Callable[[Any], Mapping[str, Any] | None],
+    parser: ArgumentParser,
+    argv: Sequence[str] | None = None,
+    *,
+    interrupted: str = "interrupted before the end",
+) -> int:
+    """Parse, call `main` with the parsed arguments, and turn what comes of it into output and an exit code.
+
+    A failure is one sentence on stderr, and with --json also the object {"error", "exit_code"} on the last line of
+    stdout. With --debug the exception is raised after that instead, so that its traceback is seen.
+
+    Args:
+        main: does the work; what it returns is the JSON answer (None: the empty object).
+        parser: one that went through `add_common`.
+        argv: the arguments after the program's name; None: those of the process.
+        interrupted: the sentence after a KeyboardInterrupt that brings none.
+
+    Returns:
+        0 done; 2 the request is wrong (UsageError, or the parser refuses); 130 interrupted; 1 anything else failed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    as_json, debug = "--json" in argv, "--debug" in argv  # known even when the parser fails
+    try:
+        answer = main(_parse(parser, argv))
+        if as_json:
+            print_json(answer or {})
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader (head, less) has seen enough; nothing more can be said on stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, code = _explain(error, interrupted)
+        code = FAILURE if debug else code  # what Python itself exits with after a traceback
+        if as_json:
+            print_json({"error": sentence, "exit_code": code})
+        if debug:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return code
+
+
+def print_json(answer: Mapping[str, Any]) -> None:
+    """Print one JSON object on a line of its own; numbers that JSON does not know (nan, inf) become null."""
+    sys.stderr.flush()
+    print(json.dumps(_plain(answer)), flush=True)
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}; -h shows what can be written")
+
+    if type(parser).error is ArgumentParser.error:  # which prints its usage and exits
+        vars(parser)["error"] = refuse
+    return parser.parse_args(argv)
+
+
+def _explain(error: BaseException, interrupted: str) -> tuple[str, int]:
+    """The one sentence and the exit code for an exception."""
+    text = " ".join(str(error).split())
+    match error:
+        case UsageError():
+            return text, USAGE
+        case KeyboardInterrupt():
+            return text or interrupted, INTERRUPTED
+        case RunError():
+            return text, FAILURE
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            where = f" at {error.filename}" if error.filename else ""
+            return f"the disk is full{where}; free some space and run the same command again", FAILURE
+        case _:
+            what = type(error).__name__ + (f": {text}" if text else "")
+            return f"{what}; run again with --debug for the traceback", FAILURE
+
+
+def _plain(value: Any) -> Any:
+    """The value in terms of JSON; numpy and JAX scalars and arrays become numbers and lists, paths become text."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): _plain(entry) for key, entry in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(entry) for entry in value]
+        case Path():
+            return str(value)
+        case _ if hasattr(value, "tolist"):
+            return _plain(value.tolist())
+        case _:
+            raise TypeError(f"{type(value).__name__} has no place in a JSON answer")

@@ -1,0 +1,173 @@
+"""What a run, a checkpoint store or one of its items holds, as plain data. Arrays are read only for norms."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from stackwise_jax.checkpoint import Location, Progress, Store, readable
+from stackwise_jax.errors import RunError, UsageError
+
+CONFIG, PHASES, CHECKPOINTS = "config.yaml", "phases.json", "checkpoints"
+
+
+def inspect_path(path: str | Path, stack: int | None = None, norms: bool = False) -> dict[str, Any]:
+    """Look into a run directory, a checkpoint store, an item of it, or one version of an item.
+
+    Args:
+        path: what to look into.
+        stack: of a run or a store, only the items of this stack.
+        norms: read the arrays of the newest version of each item and add the 2-norm of each leaf.
+
+    Returns:
+        "kind" (run, store or item), "path", "records" (progress records), "items" (one entry per version, the newest
+        of a name last), "damage" (a sentence for everything that cannot be read), and for a run also "config", "state"
+        (where it stands, in words), "finished" and "phases".
+
+    Raises:
+        UsageError: there is nothing of the kind at `path`, or no such stack.
+        RunError: the path is one version, and it is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; name a run directory, its checkpoints/ or an item in there")
+    location = readable(path)
+    if location is None and (path / CONFIG).is_file():
+        location = Location("run", path.absolute() / CHECKPOINTS)  # killed before its first checkpoint
+    if location is None:
+        raise UsageError(f"{path} holds no run and no checkpoint; name a run directory, its checkpoints/ or an item")
+    if stack is not None and location.kind == "item":
+        raise UsageError(f"{path} is an item already; leave --stack out, or name the run directory")
+
+    store, damage = Store(location.store), []
+    records = list(_records(store, damage))
+    report: dict[str, Any] = {"kind": location.kind, "path": str(path)}
+    if location.kind == "run":
+        report |= _run(path, records, damage)
+    report["records"] = [_record(record) for record in records]
+    report["items"] = list(_items(store, _wanted(store, location, stack), records, norms, damage))
+    report["damage"] = damage
+    if location.version is not None and damage:
+        raise RunError(damage[-1])
+    return report
+
+
+def _records(store: Store, damage: list[str]) -> Iterator[Progress]:
+    for number in store.records():
+        try:
+            yield store.read(number)
+        except RunError as error:
+            damage.append(str(error))
+
+
+def _record(record: Progress) -> dict[str, Any]:
+    keys = ("number", "phase", "step", "global_step", "finished", "versions", "formats")
+    return {key: getattr(record, key) for key in keys}
+
+
+def _run(path: Path, records: list[Progress], damage: list[str]) -> dict[str, Any]:
+    """The part of the report that only a run has."""
+    config = _read(path / CONFIG, yaml.safe_load, damage) or {}
+    phases = _read(path / PHASES, json.loads, damage) or []
+    newest = records[-1] if records else None
+    results = newest.results if newest else []
+    finished = bool(newest and newest.finished)
+    entries = [dict(phase) | dict(results[i] if i < len(results) else {}) for i, phase in enumerate(phases)]
+    if newest is None:
+        state = "nothing saved yet"
+    elif finished:
+        state = f"finished after {newest.global_step} steps"
+    else:
+        current = phases[newest.phase] if newest.phase < len(phases) else {}
+        name, steps = current.get("name", newest.phase), current.get("steps", "?")
+        state = f"phase {newest.phase + 1} of {len(phases) or '?'} ('{name}'), step {newest.step} of {steps}"
+    for i, entry in enumerate(entries):
+        entry.pop("versions", None), entry.pop("formats", None)  # of all items; they have entries of their own
+        begun = newest is not None and not finished and i == newest.phase
+        entry["state"] = "done" if i < len(results) else f"at step {newest.step}" if newest and begun else "to come"
+    return {"state": state, "finished": finished, "config": config, "phases": entries}
+
+
+def _read(path: Path, parse: Callable[[str], Any], damage: list[str]) -> Any:
+    """A small text file of a run; None when there is none or it is damaged."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        damage.append(f"{path} is damaged: {first}; restore it from a copy, or start again in another run.dir")
+        return None
+
+
+def _wanted(store: Store, location: Location, stack: int | None) -> dict[str, list[int]]:
+    """The names and versions to report."""
+    found = store.items()
+    if location.name is not None:
+        versions = found[location.name] if location.version is None else [location.version]
+        return {location.name: versions}
+    if stack is None:
+        return found
+    name = f"stacks/{stack:03d}"
+    wanted = {n: versions for n, versions in found.items() if n == name or n.startswith(f"{name}/")}
+    if not wanted:
+        stacks = sorted({int(n.split("/")[1]) for n in found if n.startswith("stacks/")})
+        known = ", ".join(map(str, stacks)) or "none yet"
+        raise UsageError(f"--stack {stack} is not among the saved stacks of {store.directory}; there are: {known}")
+    return wanted
+
+
+def _items(
+    store: Store, wanted: Mapping[str, list[int]], records: list[Progress], norms: bool, damage: list[str]
+) -> Iterator[dict[str, Any]]:
+    for name, versions in wanted.items():
+        for version in versions:
+            try:
+                item = _item(store, name, version, norms and version == versions[-1])
+            except RunError as error:
+                if store.path(name, version).exists():  # else a run that goes on has just replaced it
+                    damage.append(str(error))
+                continue
+            item["records"] = [record.number for record in records if record.versions.get(name) == version]
+            yield item
+
+
+def _item(store: Store, name: str, version: int, norms: bool) -> dict[str, Any]:
+    """One version of an item: its meta, its leaves and, if asked, their norms."""
+    path = store.path(name, version)
+    shapes = dict(_leaves(store.item_shapes(name, version)))
+    leaves = [
+        {"name": leaf, "shape": list(s.shape), "dtype": s.dtype.name, "bytes": s.size * s.dtype.itemsize}
+        for leaf, s in shapes.items()
+    ]
+    item = {"name": name, "version": version, "path": str(path), **store.item_meta(name, version)}
+    item["loss_history"] = [_point(point) for point in item.get("loss_history", [])]
+    item["values"] = sum(s.size for s in shapes.values())
+    item["bytes"] = sum(leaf["bytes"] for leaf in leaves)
+    item["disk_bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if norms:
+        arrays = dict(_leaves(store.load_item(name, version)))
+        for leaf in leaves:
+            leaf["norm"] = float(np.linalg.norm(arrays.pop(leaf["name"]).astype(np.float64).ravel()))
+        item["norm"] = math.hypot(*(leaf["norm"] for leaf in leaves))
+    return item | {"leaves": leaves}
+
+
+def _point(point: Any) -> dict[str, Any]:
+    """A point of a loss history, written as [step, loss] or as {"step", "loss"}; step counts over the whole run."""
+    return dict(point) if isinstance(point, Mapping) else {"step": point[0], "loss": point[1]}
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of nested dicts, in the order of the keys."""
+    if isinstance(tree, Mapping):
+        for key in sorted(tree):
+            yield from _leaves(tree[key], f"{prefix}/{key}" if prefix else key)
+    else:
+        yield prefix, tree

@@ -1,0 +1,196 @@
+"""Sampling a tiny random rack: cache against recomputation, unmasking against a plain loop, the text around both."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from stackwise_jax.errors import UsageError
+from stackwise_jax.model import create_simple_rack
+from stackwise_jax.objectives.batch import Vocab
+from stackwise_jax.sampling import causal, generate_causal, generate_unmask, sample, sample_text, unmask_counts
+
+VOCAB = Vocab(size=40, mask_id=3, pad_id=0, n_special=4)
+ROOT_KEY = jax.random.key(0)
+
+
+def build(attention_mode="causal"):
+    """A rack whose logits depend strongly on the whole context, and its parameters."""
+    rack = create_simple_rack(
+        n_stacks=2, blocks_per_stack=2, d_model=32, d_ff=64, n_heads=4, n_kv_heads=2, vocab_size=48,
+        attention_mode=attention_mode,
+    )  # fmt: skip
+    params = rack.init(jax.random.key(1), np.zeros((1, 4), np.int32))["params"]
+    return rack, jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 1 else leaf, params)
+
+
+@pytest.fixture(scope="module")
+def causal_model():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def masked_model():
+    return build("bidirectional")
+
+
+def prompt_of(length, seed=0):
+    return np.random.default_rng(seed).integers(4, 40, length).astype(np.int32)
+
+
+def best_ids(logits_TV):
+    """The likeliest ids that are text."""
+    return np.asarray(logits_TV)[:, 4:40].argmax(-1) + 4
+
+
+@pytest.mark.parametrize("own_mode", ["causal", "bidirectional"])
+@pytest.mark.parametrize("n_prompt", [1, 7, 64])
+def test_cached_decoding_equals_full_recomputation(own_mode, n_prompt):
+    rack, params = build(own_mode)
+    prompt_P = prompt_of(n_prompt)
+    ids = generate_causal(rack, params, prompt_P, max_tokens=6, key=ROOT_KEY, temperature=0.0, vocab=VOCAB)
+    assert len(ids) == n_prompt + 6
+    np.testing.assert_array_equal(ids[:n_prompt], prompt_P)
+    # The model is causal, so one pass over the result recomputes every choice.
+    logits_BTV = rack.apply({"params": params}, ids[None], attention_mode="causal")
+    np.testing.assert_array_equal(ids[n_prompt:], best_ids(logits_BTV[0])[n_prompt - 1 : -1])
+    assert len(set(ids[n_prompt:])) > 2  # not one token over and over, which a broken cache might get right
+
+
+def test_the_same_key_gives_the_same_text(causal_model):
+    def run(seed):
+        how = {"max_tokens": 12, "temperature": 1.5, "vocab": VOCAB}
+        return generate_causal(*causal_model, prompt_of(5), key=jax.random.key(seed), **how)
+
+    np.testing.assert_array_equal(run(1), run(1))
+    assert (run(1) != run(2)).any()
+
+
+def test_causal_stops_at_a_stop_token(causal_model):
+    def run(**how):
+        return generate_causal(
+            *causal_model, prompt_of(5), max_tokens=12, key=ROOT_KEY, temperature=0.0, vocab=VOCAB, **how
+        )
+
+    full = run()[5:]
+    stop = int(full[4])
+    cut = run(stop_ids=(stop,))[5:]
+    np.testing.assert_array_equal(cut, full[: list(full).index(stop) + 1])
+
+
+def test_causal_compiles_once_for_prompts_of_one_padded_length(causal_model):
+    how = {"max_tokens": 9, "temperature": 0.7, "vocab": VOCAB}
+    before = causal._decode._cache_size()
+    for seed, n_prompt in enumerate((3, 20, 63)):
+        generate_causal(*causal_model, prompt_of(n_prompt), key=jax.random.key(seed), **how)
+    assert causal._decode._cache_size() == before + 1
+
+
+def test_special_tokens_never_come_out_of_either_sampler(causal_model, masked_model):
+    how = {"key": ROOT_KEY, "temperature": 100.0, "vocab": VOCAB}  # nearly uniform: each forbidden id would show up
+    drawn = generate_causal(*causal_model, prompt_of(2), max_tokens=120, **how)[2:]
+    filled = generate_unmask(*masked_model, prompt_of(2), length=120, steps=4, **how)[2:]
+    for ids in (drawn, filled):
+        assert ids.min() >= 4
+        assert ids.max() < 40
+        assert len(set(ids)) > 25
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 64, 129])
+@pytest.mark.parametrize("steps", [1, 2, 5, 64, 500])
+def test_unmask_counts_settle_every_token_on_the_cosine_grid(length, steps):
+    counts_S = unmask_counts(length, steps)
+    n_steps = min(length, steps)
+    assert counts_S.shape == (n_steps,)
+    assert counts_S.sum() == length
+    assert (counts_S >= 1).all()
+    if 0 < n_steps <= length // 10:  # far from the limit of one per pass
+        left_S = length - counts_S.cumsum()
+        grid_S = length * np.cos(np.pi / 2 * np.arange(1, n_steps + 1) / n_steps)
+        np.testing.assert_allclose(left_S, grid_S, atol=1.0)
+
+
+def unmask_by_hand(rack, params, prompt_P, length, steps, mode):
+    """Confidence order at temperature 0, one pass at a time on the bare row (no padding, no segment ids)."""
+    row_T = np.concatenate([prompt_P, np.full(length, VOCAB.mask_id)]).astype(np.int32)
+    for count in unmask_counts(length, steps):
+        logits_TV = np.asarray(rack.apply({"params": params}, row_T[None], attention_mode=mode))[0, :, 4:40]
+        confidence_T = np.asarray(jax.nn.softmax(logits_TV)).max(-1)
+        confidence_T[row_T != VOCAB.mask_id] = -1
+        chosen = np.argsort(-confidence_T)[:count]
+        row_T[chosen] = logits_TV[chosen].argmax(-1) + 4
+    return row_T
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_confidence_order_equals_a_plain_loop(masked_model, steps, mode):
+    prompt_P = prompt_of(6)
+    how = {"key": ROOT_KEY, "temperature": 0.0, "vocab": VOCAB, "attention_mode": mode}
+    ids = generate_unmask(*masked_model, prompt_P, length=10, steps=steps, **how)
+    np.testing.assert_array_equal(ids, unmask_by_hand(*masked_model, prompt_P, 10, steps, mode))
+
+
+def test_random_order_depends_on_the_key_alone(masked_model):
+    def run(order, seed):
+        how = {"order": order, "temperature": 0.0, "vocab": VOCAB}
+        ids = generate_unmask(*masked_model, prompt_of(4), length=8, key=jax.random.key(seed), **how)
+        assert not (ids == VOCAB.mask_id).any()
+        np.testing.assert_array_equal(ids[:4], prompt_of(4))
+        return tuple(ids)
+
+    assert len({run("random", seed) for seed in range(6)}) > 2
+    assert run("random", 0) == run("random", 0)
+    assert len({run("confidence", seed) for seed in range(3)}) == 1
+
+
+def test_a_prompt_that_holds_the_mask_token_is_kept(masked_model):
+    prompt_P = np.array([5, VOCAB.mask_id, 6], np.int32)
+    ids = generate_unmask(*masked_model, prompt_P, length=4, key=ROOT_KEY, vocab=VOCAB)
+    np.testing.assert_array_equal(ids[:3], prompt_P)
+    assert (ids[3:] >= 4).all()
+
+
+def test_nothing_asked_nothing_made(causal_model, masked_model):
+    for ids in (
+        generate_causal(*causal_model, prompt_of(3), max_tokens=0, key=ROOT_KEY, vocab=VOCAB),
+        generate_unmask(*masked_model, prompt_of(3), length=0, key=ROOT_KEY, vocab=VOCAB),
+    ):
+        np.testing.assert_array_equal(ids, prompt_of(3))
+
+
+def test_wrong_arguments_are_refused_by_name(causal_model, masked_model):
+    how = {"key": ROOT_KEY, "vocab": VOCAB}
+    with pytest.raises(UsageError, match="max_tokens"):
+        generate_causal(*causal_model, prompt_of(3), max_tokens=-1, **how)
+    with pytest.raises(UsageError, match="BOS"):
+        generate_causal(*causal_model, [], max_tokens=1, **how)
+    with pytest.raises(UsageError, match="steps"):
+        generate_unmask(*masked_model, prompt_of(3), length=4, steps=0, **how)
+    with pytest.raises(UsageError, match="order"):
+        generate_unmask(*masked_model, prompt_of(3), length=4, order="best", **how)
+
+
+def letters():
+    """A tokenizer over 36 letters and digits with the ids of VOCAB; BOS 1, EOS 2."""
+    symbols = "abcdefghijklmnopqrstuvwxyz0123456789"
+    return SimpleNamespace(
+        vocab_size=40, n_special=4, pad_id=0, bos_id=1, eos_id=2, mask_id=3,
+        encode=lambda text: np.array([4 + symbols.index(letter) for letter in text], np.int32),
+        decode=lambda ids: "".join(symbols[i - 4] for i in ids if i >= 4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", ["", "abc", "x" * 100])
+@pytest.mark.parametrize("objective_kind", ["clm", "mlm", "diffusion"])
+def test_text_starts_with_the_prompt(causal_model, masked_model, objective_kind, prompt):
+    model = causal_model if objective_kind == "clm" else masked_model
+    how = {"objective_kind": objective_kind, "max_tokens": 5, "seed": 3}
+    result = sample(*model, letters(), prompt, **how)
+    assert result.text.startswith(prompt)
+    assert result.n_prompt == len(prompt) + 1
+    assert 0 < result.n_new <= 5
+    assert result.text == sample_text(*model, letters(), prompt, **how)
+    if objective_kind != "clm":
+        assert len(result.text) == len(prompt) + 5
