@@ -25,7 +25,7 @@ def stack_tree(value: float) -> dict:
 
 
 def meta(phase: int, step: int, kind: str = "stack") -> dict:
-    history = [{"step": s, "loss": 5.0 - 0.5 * s} for s in range(0, step, 2)]
+    history = [[s, 5.0 - 0.5 * s] for s in range(0, step, 2)]
     return {
         "kind": kind,
         "phase": f"stack_{phase}",
@@ -52,7 +52,7 @@ def run(tmp_path):
     ]
     (directory / "phases.json").write_text(json.dumps(phases))
     store = Store(directory / "checkpoints", keep=2)
-    result = {"name": "stack_0", "held_out_loss": 2.5, "bits_per_byte": 3.25, "seconds": 61.0}
+    result = {"versions": {}, "name": "stack_0", "held_out_loss": 2.5, "bits_per_byte": 3.25, "seconds": 61.0}
     store.save_item("stacks/000", 1, stack_tree(2.0), meta(0, 8))
     store.save_item("embed", 1, {"embedding": np.ones((V, D), np.float32)}, meta(0, 8, "embed"))
     versions = {"stacks/000": 1, "embed": 1}
@@ -76,6 +76,7 @@ def test_a_run_says_where_it_stands(run, capsys):
     assert report["state"] == "phase 2 of 2 ('stack_1'), step 4 of 8"
     assert [phase["state"] for phase in report["phases"]] == ["done", "at step 4"]
     assert report["phases"][0]["bits_per_byte"] == 3.25
+    assert "versions" not in report["phases"][0]
     assert report["config"]["model"]["d_model"] == D
     assert [record["number"] for record in report["records"]] == [1, 2]
     for said in (report["state"], "2 stacks of 2 blocks", "stack_1", "3.2500", "2x8x8", "float32", "5.000 -> 2.000"):

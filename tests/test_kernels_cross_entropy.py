@@ -29,7 +29,7 @@ def inputs(dtype=np.float32, kernel_dtype=np.float32, n_valid=V):
     return x_BTD, kernel_DV, targets_BT, weights_BT
 
 
-@partial(jax.jit, static_argnames=("n_valid", "chunk", "train_kernel", "implementation"))
+@partial(jax.jit, static_argnames=("n_valid", "chunk", "train_kernel", "batch_shards", "implementation"))
 def value_and_grads(x_BTD, kernel_DV, targets_BT, weights_BT, **options):
     """((mean nll, stats), (dx, dkernel)): the sum is scaled after the operation, as the training step does."""
 
@@ -47,7 +47,8 @@ def test_reference_is_the_textbook_formula():
     nll_BT = -np.log(np.take_along_axis(probs_BTV, np.asarray(targets_BT)[..., None], -1)[..., 0])
     total, stats = linear_cross_entropy(x_BTD, kernel_DV, targets_BT, weights_BT, implementation="reference")
     np.testing.assert_allclose(total, (np.asarray(weights_BT) * nll_BT).sum(), rtol=1e-6)
-    assert stats["correct"] == ((logits_BTV.argmax(-1) == targets_BT) & (weights_BT > 0)).sum() > 0
+    hits_BT = (logits_BTV.argmax(-1) == np.asarray(targets_BT)) & (np.asarray(weights_BT) > 0)
+    assert float(stats["correct"]) == hits_BT.sum() > 0
 
 
 @pytest.mark.parametrize("n_valid", [None, 37])
@@ -130,8 +131,15 @@ def test_value_and_gradient_are_deterministic():
         jax.tree.map(np.testing.assert_array_equal, value_and_grads(*args, chunk=7), first)
 
 
-def compiled_temp_bytes(args, **options):
-    return value_and_grads.lower(*args, **options).compile().memory_analysis().temp_size_in_bytes
+def compiled_bytes(args, with_kernel_gradient=True, **options):
+    """Outputs and temporaries of the compiled loss and gradients."""
+
+    def loss(x_BTD, kernel_DV):
+        return linear_cross_entropy(x_BTD, kernel_DV, *args[2:], **options)[0]
+
+    grads = jax.value_and_grad(loss, argnums=(0, 1) if with_kernel_gradient else 0)
+    memory = jax.jit(grads).lower(*args[:2]).compile().memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
 def test_all_logits_are_never_held():
@@ -143,11 +151,20 @@ def test_all_logits_are_never_held():
         jnp.ones((batch, seq_len)),
     )
     all_logits = batch * seq_len * vocab * 4
-    assert compiled_temp_bytes(args, implementation="reference") >= all_logits
-    chunked = compiled_temp_bytes(args, chunk=8)
+    assert compiled_bytes(args, implementation="reference") >= all_logits
+    chunked = compiled_bytes(args, chunk=8)
     assert chunked < all_logits / 4
     kernel_bytes = width * vocab * 4
-    assert compiled_temp_bytes(args, chunk=8, train_kernel=False) <= chunked - kernel_bytes
+    assert compiled_bytes(args, with_kernel_gradient=False, chunk=8, train_kernel=False) <= chunked - kernel_bytes
+
+
+def test_a_constant_kernel_costs_no_matmul_of_its_gradient():
+    args = inputs()
+    matmuls = [
+        str(jax.make_jaxpr(partial(value_and_grads, chunk=7, train_kernel=train))(*args)).count("dot_general[")
+        for train in (True, False)
+    ]
+    assert matmuls == [3, 2]
 
 
 def test_default_chunk_bounds_the_logits_and_covers_the_sequence():
@@ -157,10 +174,12 @@ def test_default_chunk_bounds_the_logits_and_covers_the_sequence():
         (8, 100, 64, 65536),
         (4096, 7, 8, 8),
     ]:
-        chunk = default_chunk(batch, seq_len, width, vocab)
+        chunk = default_chunk(batch, seq_len, width, vocab, batch_shards=1)
         assert 1 <= chunk <= seq_len
         assert chunk == 1 or batch * chunk * vocab <= max(2**23, width * vocab)
-    assert default_chunk(16, 256, 128, 384) == 256  # small heads are one matmul
+    assert default_chunk(16, 256, 128, 384, 1) == 256  # small heads are one matmul
+    per_device = default_chunk(16, 1024, 64, 32768, batch_shards=1)
+    assert default_chunk(8 * 16, 1024, 64, 32768, batch_shards=8) == per_device
 
 
 def test_gather_targets_keeps_what_is_predicted():
@@ -187,23 +206,45 @@ def test_gather_targets_keeps_what_is_predicted():
         assert not np.asarray(weights_Bk[b, len(rows) :]).any()
 
 
+@pytest.mark.parametrize("batch_shards", [2, 4])
+def test_batch_shards_change_nothing(batch_shards):
+    args = inputs()
+    (loss, stats), grads = value_and_grads(*args, chunk=7, batch_shards=batch_shards)
+    (loss_ref, stats_ref), grads_ref = value_and_grads(*args, chunk=7)
+    np.testing.assert_allclose(loss, loss_ref, rtol=1e-6)
+    assert stats["correct"] == stats_ref["correct"]
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), grads, grads_ref)
+    with pytest.raises(ValueError, match="does not spread over 3 devices"):
+        value_and_grads(*args, batch_shards=3)
+
+
 SHARDED = """
-import json, sys
+import json, re, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[1])
 from test_kernels_cross_entropy import gather_targets, inputs, value_and_grads
 mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-rows, columns = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P(None, "fsdp"))
+rows = NamedSharding(mesh, P(("data", "fsdp")))
 x, kernel, targets, weights = inputs()
 x, targets, weights = jax.device_put((x, targets, weights), rows)
-(loss, stats), (dx, dkernel) = value_and_grads(x, jax.device_put(kernel, columns), targets, weights, chunk=7)
+got = {}
+for name, spec in (("replicated", P()), ("sharded", P(None, "fsdp"))):
+    args = x, jax.device_put(kernel, NamedSharding(mesh, spec)), targets, weights
+    compiled = value_and_grads.lower(*args, chunk=7, batch_shards=4).compile()
+    (loss, stats), (dx, dkernel) = compiled(*args)
+    loops = [part for part in compiled.as_text().split("\\n\\n") if "region" in part.split("(")[0]]
+    got[name] = {
+        "loss": float(loss), "correct": float(stats["correct"]),
+        "dx": np.asarray(dx).tolist(), "dkernel": np.asarray(dkernel).tolist(),
+        "dx_spread": dx.sharding.is_equivalent_to(rows, 3),
+        "talks_per_chunk": any(re.search("all-(reduce|gather|to-all)[(]", part) for part in loops),
+        "loops": len(loops),
+    }
 kept = jax.jit(gather_targets, static_argnums=3)(x, targets, weights, 16)
-print(json.dumps({
-    "loss": float(loss), "correct": float(stats["correct"]), "dx": np.asarray(dx).tolist(),
-    "dkernel": np.asarray(dkernel).tolist(), "kept": np.asarray(kept[2]).tolist(), "devices": jax.device_count(),
-    "dx_spread": dx.sharding.is_equivalent_to(rows, 3), "kept_spread": kept[0].sharding.is_equivalent_to(rows, 3),
-}))
+got["kept"] = np.asarray(kept[2]).tolist()
+got["kept_spread"] = kept[0].sharding.is_equivalent_to(rows, 3)
+print(json.dumps(got))
 """
 
 
@@ -213,11 +254,13 @@ def test_a_batch_sharded_over_four_devices_gives_the_same():
     run = subprocess.run([sys.executable, "-c", SHARDED, here], env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     got = json.loads(run.stdout.splitlines()[-1])
-    assert got["devices"] == 4 and got["dx_spread"] and got["kept_spread"]
     args = inputs()
     (loss, stats), (dx_BTD, dkernel_DV) = value_and_grads(*args, chunk=7)
-    np.testing.assert_allclose(got["loss"], loss, rtol=1e-6)
-    assert got["correct"] == stats["correct"]
-    np.testing.assert_allclose(got["dx"], dx_BTD, atol=1e-6)
-    np.testing.assert_allclose(got["dkernel"], dkernel_DV, atol=1e-6)
+    for of in (got["replicated"], got["sharded"]):
+        np.testing.assert_allclose(of["loss"], loss, rtol=1e-6)
+        assert of["correct"] == float(stats["correct"])
+        np.testing.assert_allclose(of["dx"], dx_BTD, atol=1e-6)
+        np.testing.assert_allclose(of["dkernel"], dkernel_DV, atol=1e-6)
+    assert got["replicated"]["dx_spread"] and got["kept_spread"]
+    assert got["replicated"]["loops"] and not got["replicated"]["talks_per_chunk"]
     np.testing.assert_array_equal(np.float32(got["kept"]), gather_targets(*args[:1], *args[2:], 16)[2])

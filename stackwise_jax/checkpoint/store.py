@@ -4,7 +4,7 @@
     <directory>/progress/00000040.json
 
 An item is saved first and counts only once a record that names its version is committed. So a kill at any moment loses
-nothing: what no record names is removed by the next commit. A version that a kept record names is never written again.
+nothing: what is half done is removed by the next write, what no record names by the next commit. A version that a kept record names is never written again.
 """
 
 from __future__ import annotations
@@ -190,10 +190,6 @@ class Store:
         needed = {self.path(name, version) for record in kept for name, version in record.versions.items()}
         for path in set(self._directories(_VERSION)) - needed:
             remove_tree(path)
-        for path in self._directories(_LEFTOVER):
-            remove_tree(path)
-        for path in (self.directory / PROGRESS).glob("*.tmp"):
-            path.unlink()
 
     def _open(self) -> None:
         """Make the directory and hold its lock: two runs that write here would remove each other's files."""
@@ -213,6 +209,11 @@ class Store:
         except (ImportError, OSError):
             log.debug("no file locks here; %s is not protected from a second run", self.directory)
         self._lock = lock
+        with writing(self.directory):  # what a kill left half done
+            for path in self._directories(_LEFTOVER):
+                remove_tree(path)
+            for path in (self.directory / PROGRESS).glob("*.tmp"):
+                path.unlink()
 
     def _explained(self, read, name: str, version: int, *args):
         """Call read(path, *args); add to its RunError which records need the item and how to do without."""

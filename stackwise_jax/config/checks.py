@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -61,13 +62,13 @@ def parse_bytes(text: str, key: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise UsageError(f"{key} is {text!r}; write a size such as 500MB or 4GiB")
+        raise UsageError(f"{key} is {json.dumps(text)}; write a size such as 500MB or 4GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _need(holds: bool, key: str, value: object, remedy: str) -> None:
     if not holds:
-        raise UsageError(f"{key} is {value!r}; write {remedy}")
+        raise UsageError(f"{key} is {json.dumps(value)}; write {remedy}")
 
 
 def _at_least(section: object, prefix: str, smallest: int, *names: str) -> None:
@@ -132,6 +133,9 @@ def _check_model(model: ModelConfig) -> None:
         remedy = f"a number for which model.d_model / model.n_heads is even (it is {head_dim}; rotation needs pairs)"
         _need(head_dim % 2 == 0, "model.n_heads", model.n_heads, remedy)
         _need(model.rope_theta > 0, "model.rope_theta", model.rope_theta, "a number above 0")
+    if model.attention_preset == "custom":
+        mode = model.attention_mode
+        _need(mode is not None, "model.attention_mode", mode, "bidirectional or causal; the preset custom has no own")
     _need(0 <= model.dropout < 1, "model.dropout", model.dropout, "a share from 0 to below 1")
     _need(model.norm_eps > 0, "model.norm_eps", model.norm_eps, "a number above 0")
     _need(model.init_std > 0, "model.init_std", model.init_std, "a number above 0")
@@ -141,8 +145,9 @@ def _check_objective(objective: ObjectiveConfig, prefix: str, config: StackWiseC
     """Check one objective section; `prefix` is its name, since phases may have their own."""
     mode = objective.attention_mode
     if objective.kind == "clm":
-        own = config.model.attention_mode or {"bert_style": "bidirectional"}.get(config.model.attention_preset)
-        causal = mode in ("auto", "causal") or (mode == "model" and own != "bidirectional")
+        # of the presets only gpt_style is causal of itself
+        own = config.model.attention_mode or (config.model.attention_preset == "gpt_style" and "causal")
+        causal = mode in ("auto", "causal") or (mode == "model" and own == "causal")
         remedy = "auto or causal, since clm would see its own targets"
         _need(causal, f"{prefix}.attention_mode", mode, remedy)
         return

@@ -90,10 +90,9 @@ def custom(shape: RackShape, config: StackWiseConfig) -> Plan:
             phases.append(_custom_phase(i, entry, shape, config))
         except UsageError as error:
             raise UsageError(f"curriculum.phases[{i}]: {error}") from None
-        if phases[-1].name in [phase.name for phase in phases[:-1]]:
-            raise UsageError(
-                f"curriculum.phases[{i}]: an earlier phase has the name '{phases[-1].name}'; write another"
-            )
+        name = phases[-1].name
+        if name in [phase.name for phase in phases[:-1]]:
+            raise UsageError(f"curriculum.phases[{i}].name is '{name}' as in an earlier phase; write another name")
     return Plan(shape.block_counts, tuple(phases), frozenset(range(len(shape.block_counts))))
 
 
@@ -165,14 +164,16 @@ def format_phase_table(plan: Plan) -> str:
     """The phase table as plain text: a line on the rack, a line of column names, a line per phase."""
     lines = [["phase", "name", "path", "prefix", "grow", "learns", "objective", "attention", "frozen", "steps", "lr"]]
     for row in phase_table(plan):
-        ends = ["embed"] * row["train_embed"], ["head"] * row["train_head"]
+        learns = [name for name in ("embed", "head") if row[f"train_{name}"]]
+        if row["train"]:
+            learns.insert(int(row["train_embed"]), _ids(row["train"]))
         cells = (
             row["phase"],
             row["name"],
             _ids(row["path"]),
             _ids(row["prefix"]),
             _ids(row["grow"]),
-            " ".join([*ends[0], *([_ids(row["train"])] if row["train"] else []), *ends[1]]),
+            " ".join(learns),
             _task(plan.phases[row["phase"]]),
             row["attention_mode"] or "model",
             row["frozen"],
@@ -262,17 +263,19 @@ def _regrouped(shape: RackShape, size: int) -> RackShape:
 
 
 def _task(phase: Phase) -> str:
-    """The objective with its noise, in few words."""
-    kind, noise = phase.objective.kind, phase.noise
+    """The objective with its noise and corruption, in few words."""
+    noise = phase.noise
+    words = [phase.objective.kind]
     match noise.kind:
-        case "none":
-            return kind
         case "fixed":
-            return f"{kind} {noise.low:g}"
+            words += [f"{noise.low:g}"]
         case "range":
-            return f"{kind} {noise.low:g}-{noise.high:g} {noise.schedule}"
+            words += [f"{noise.low:g}-{noise.high:g}", noise.schedule]
         case "elbo":
-            return f"{kind} elbo {noise.schedule}"
+            words += ["elbo", noise.schedule]
+    if phase.corruption != "auto":
+        words += [phase.corruption]
+    return " ".join(words)
 
 
 def _ids(stacks: Sequence[int]) -> str:

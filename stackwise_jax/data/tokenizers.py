@@ -17,6 +17,7 @@ from stackwise_jax.errors import RunError, UsageError
 
 TRAINING_CHARACTERS = 4_000_000  # SentencePiece is trained on about as many: every k-th slice of a larger text
 _SLICE = 4096  # characters: longer documents are sliced, because the trainer leaves out overlong ones
+_LEAST_PIECES = 5 + 256 + 1  # special tokens, bytes and the space
 _SPACE = "\u2581"  # SentencePiece's sign for a space
 _RECORD, _MODEL = "tokenizer.json", "tokenizer.model"
 
@@ -37,7 +38,7 @@ class Tokenizer(Protocol):
         """Token ids of the text, int32; no special token is added."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; special tokens and ids beyond the vocabulary are dropped, broken UTF-8 becomes U+FFFD."""
         ...
 
@@ -60,8 +61,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self.n_special
 
-    def decode(self, ids: Iterable[int]) -> str:
-        ids = np.fromiter(ids, np.int64)
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids, np.int64)
         ids = ids[(ids >= self.n_special) & (ids < self.vocab_size)]
         return (ids - self.n_special).astype(np.uint8).tobytes().decode(errors="replace")
 
@@ -92,8 +93,9 @@ class SentencePieceTokenizer:
         self._record = record
         self._pieces: Any = SentencePieceProcessor(model_proto=model)
         self.n_model = size = self._pieces.vocab_size()
-        masks = [i for i in range(min(size, 1024)) if self._pieces.id_to_piece(i).strip("<>[]").lower() == "mask"]
-        ids = [self._pieces.pad_id(), self._pieces.bos_id(), self._pieces.eos_id(), masks[0] if masks else -1]
+        masks = [self._pieces.piece_to_id(piece) for piece in ("<mask>", "[MASK]")]
+        masks = [i for i in masks if 0 <= i != self._pieces.unk_id()]  # an absent piece is given as unknown
+        ids = [self._pieces.pad_id(), self._pieces.bos_id(), self._pieces.eos_id(), (*masks, -1)[0]]
         lacking = [i for i, id_ in enumerate(ids) if id_ < 0]
         for beyond, i in enumerate(lacking):
             ids[i] = size + beyond
@@ -123,8 +125,8 @@ class SentencePieceTokenizer:
         first, *others = self._pieces.encode(text.split(_SPACE))
         return np.array(first + [id_ for part in others for id_ in self._sign + part], np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        ids = np.fromiter(ids, np.int64)
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids, np.int64)
         ids = ids[(ids >= 0) & (ids < self.n_model)]
         return self._pieces.decode(ids[~self._dropped[ids]].tolist())
 
@@ -147,6 +149,15 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     from sentencepiece import SentencePieceTrainer
 
     slices = [text[i : i + _SLICE] for text in texts for i in range(0, len(text), _SLICE)]
+
+    def too_small(reason: str) -> UsageError:
+        return UsageError(
+            f"tokenizer.vocab_size {vocab_size} does not suit the training text ({reason}); it must hold 5 special "
+            "tokens, 256 bytes and the characters of the text: write more, or tokenizer.kind bytes"
+        )
+
+    if vocab_size < _LEAST_PIECES:
+        raise too_small(f"less than {_LEAST_PIECES}")
     if not slices:
         raise UsageError("tokenizer.kind sentencepiece needs text to train on and there is none; see the section data")
     stride = -(-sum(map(len, slices)) // TRAINING_CHARACTERS) or 1
@@ -173,11 +184,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).rpartition("] ")[2].strip()
-        raise UsageError(
-            f"tokenizer.vocab_size {vocab_size} does not suit the training text ({reason or error}); it must hold 5 "
-            "special tokens, 256 bytes and the characters of the text: write more, or tokenizer.kind bytes"
-        ) from error
+        raise too_small(str(error).rpartition("] ")[2].strip()) from error
     return model.getvalue()
 
 

@@ -80,19 +80,21 @@ class PrefixCache:
 
     def choose(self, phase: Phase, loader: Loader, task: TaskSpec) -> CacheChoice:
         """Whether and where the prefix of this phase is cached, and why."""
-        dtype = dtype_of(task.rack.compute_dtype)
-        chunk_elements = loader.batch_size * loader.dataset.tokens_NT.shape[1] * task.rack.d_model
-        chunk_bytes = chunk_elements * jnp.dtype(dtype).itemsize // jax.process_count()
         return choose_cache(
             self._cfg.kind,
             phase_visits=phase.steps,
             dataset_batches=loader.n_batches,
-            chunk_bytes=chunk_bytes,
+            chunk_bytes=self.chunk_bytes(loader, task),
             host_budget=parse_bytes(self._cfg.host_budget, "cache.host_budget"),
             disk_budget=parse_bytes(self._cfg.disk_budget, "cache.disk_budget"),
             has_prefix=bool(phase.prefix),
             corruption=phase.corruption,
         )
+
+    def chunk_bytes(self, loader: Loader, task: TaskSpec) -> int:
+        """Bytes of the activations of one batch on this process."""
+        elements = loader.batch_size * loader.dataset.tokens_NT.shape[1] * task.rack.d_model
+        return elements * jnp.dtype(dtype_of(task.rack.compute_dtype)).itemsize // jax.process_count()
 
     def prepare(self, prefix: Prefix, weights: Weights, phase: Phase, loader: Loader, kind: str, data: str) -> int | None:
         """Make the cache hold the prefix's output for every batch of the phase.

@@ -36,7 +36,7 @@ from stackwise_jax.engine.resident import (
 )
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.step import StepData, StepSpec, TrainState
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, learning_items, stack_item
 from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.memory import peak_device_bytes, peak_host_bytes
 from stackwise_jax.model import combine
@@ -208,7 +208,7 @@ class Run:
         del stacks, embed, head
         state = initial_state(spec, self.placement, learning)
         merged = [stack_item(i) for ids in window.ids if len(ids) > 1 for i in ids]
-        for item in {*self._learning_items(phase), *merged}:
+        for item in {*learning_items(phase), *merged}:
             weights.drop(item)  # it lives in the trees of the step now; what learns is donated
         # A cached phase meets the same batches as the phases before it, any other goes on in the stream.
         offset = 0 if choice.use else sum(p.steps for p in self.phases[:index])
@@ -224,15 +224,11 @@ class Run:
 
     def _place(self, phase: Phase) -> None:
         """Bring every item of the path into its format for this phase; grow those that do not exist."""
-        learning = self._learning_items(phase)
+        learning = learning_items(phase)
         for item in [EMBED, HEAD, *(stack_item(i) for i in phase.path)]:
             if item not in self.weights.versions and item not in learning:
                 self._grow(item, phase.name)
             self.weights.require(item, self.weights.master if item in learning else phase.frozen)
-
-    def _learning_items(self, phase: Phase) -> list[str]:
-        items = [stack_item(i) for i in sorted(phase.train)]
-        return items + [EMBED] * phase.train_embed + [HEAD] * phase.train_head
 
     # Called by the loop.
 

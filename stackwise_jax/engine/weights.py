@@ -42,6 +42,12 @@ def stack_item(index: int) -> str:
     return f"stacks/{index:03d}"
 
 
+def learning_items(phase: Phase) -> list[str]:
+    """The items whose full weights learn in a phase."""
+    ends = [EMBED] * phase.train_embed + [HEAD] * phase.train_head
+    return [stack_item(i) for i in sorted(phase.train)] + ends
+
+
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def _cast(tree: Tree, dtype) -> Tree:
     return jax.tree.map(lambda x: x.astype(dtype), tree)

@@ -88,7 +88,8 @@ def _run(path: Path, records: list[Progress], damage: list[str]) -> dict[str, An
         name, steps = current.get("name", newest.phase), current.get("steps", "?")
         state = f"phase {newest.phase + 1} of {len(phases) or '?'} ('{name}'), step {newest.step} of {steps}"
     for i, entry in enumerate(entries):
-        entry.pop("versions", None), entry.pop("formats", None)  # of all items; they have entries of their own
+        for key in ("versions", "formats"):  # of all items, which have entries of their own
+            entry.pop(key, None)
         begun = newest is not None and not finished and i == newest.phase
         entry["state"] = "done" if i < len(results) else f"at step {newest.step}" if newest and begun else "to come"
     return {"state": state, "finished": finished, "config": config, "phases": entries}

@@ -52,7 +52,7 @@ def clock(seconds: float | None) -> str:
     """A duration: 7.2s, 03:05, 1:02:03."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
-    if seconds < 60:
+    if seconds < 59.95:  # which would round to 60.0s
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -25,6 +25,7 @@ def linear_cross_entropy(
     n_valid: int | None = None,
     chunk: int | None = None,
     train_kernel: bool = True,
+    batch_shards: int = 1,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """sum over positions of weight * -log softmax(x @ kernel)[target], in nats, and how often the best guess was right.
@@ -39,15 +40,22 @@ def linear_cross_entropy(
         targets_BT: int, 0..n_valid-1 where the weight is not 0.
         weights_BT: float32, constants: no gradient flows to them.
         n_valid: vocabulary columns from here on are padding, of probability 0. None: all are valid. Static.
-        chunk: positions per chunk, over the whole batch; None: by the sizes. Any T is possible. Static.
+        chunk: positions per chunk, and sequence; None: by the sizes. Any T is possible. Static.
         train_kernel: False: the kernel is a constant, and its gradient is neither computed nor given memory. Static.
+        batch_shards: over how many devices the batch axis is spread; divides B. Right with any value, but with 1 on
+            several devices they add up the gradient of the kernel after every chunk instead of once. Static.
         implementation: "reference" holds all logits; None and "chunked" hold those of one chunk. Static.
 
     Returns:
         The sum, a float32 scalar, and {"correct": float32 number of positions of weight > 0 whose largest logit is that
         of the target}.
+
+    Raises:
+        ValueError: batch_shards does not divide B.
     """
     B, T, D = x_BTD.shape
+    if B % batch_shards:
+        raise ValueError(f"a batch of {B} sequences does not spread over {batch_shards} devices")
     if not train_kernel:
         kernel_DV = jax.lax.stop_gradient(kernel_DV)
     weights_BT = jax.lax.stop_gradient(weights_BT)
@@ -55,8 +63,10 @@ def linear_cross_entropy(
     if implementation == "reference":
         total, hits = cross_entropy_reference(x_BTD, kernel_DV, targets_BT, weights_BT, n_valid=n_valid)
     else:
-        chunk = default_chunk(B, T, D, kernel_DV.shape[1]) if chunk is None else min(chunk, T)
-        total, hits = cross_entropy_chunked(x_BTD, kernel_DV, targets_BT, weights_BT, n_valid, chunk, train_kernel)
+        chunk = default_chunk(B, T, D, kernel_DV.shape[1], batch_shards) if chunk is None else min(chunk, T)
+        total, hits = cross_entropy_chunked(
+            x_BTD, kernel_DV, targets_BT, weights_BT, n_valid, chunk, train_kernel, batch_shards
+        )
     return total, {"correct": jax.lax.stop_gradient(hits)}
 
 

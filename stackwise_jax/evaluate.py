@@ -1,0 +1,62 @@
+"""Held-out loss of a run: `python -m stackwise_jax.evaluate RUN [--data.path FILE] [--depth K]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from stackwise_jax.errors import UsageError
+from stackwise_jax.reporting import add_common, run_command
+
+_MEASURES = {
+    "none": "next token",
+    "fixed": "masked tokens",
+    "elbo": "bound on the negative log-likelihood (mask diffusion)",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stackwise_jax.evaluate",
+        description="Loss, perplexity and bits per byte of a run on held-out text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument("--data.path", dest="path", metavar="FILE", help="a text, .jsonl or folder of your own")
+    parser.add_argument("--depth", type=int, help="use the first K stacks only; not given: all that were trained")
+    parser.add_argument("--batches", type=int, default=0, help="at most so many batches; 0: the whole text")
+    parser.add_argument("--draws", type=int, default=1, help="mlm, diffusion: corruptions of the text to average over")
+    add_common(parser)
+    return parser
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the command; returns the answer for --json."""
+    if args.batches < 0 or args.draws < 1:
+        raise UsageError(f"--batches is {args.batches} and --draws {args.draws}; write at least 0 and 1")
+    from stackwise_jax.engine import load_rack
+    from stackwise_jax.evaluation import evaluate_run, held_out_text
+
+    loaded = load_rack(args.run, depth=args.depth)
+    dataset = held_out_text(loaded, args.path)
+    result = evaluate_run(loaded, dataset, limit=args.batches, draws=args.draws)
+    error = f" ± {result['standard_error']:.4f}" if result["standard_error"] else ""
+    print(
+        f"{_MEASURES[result['noise']]}, depth {len(loaded.rack.stacks)}, {result['tokens']:.0f} tokens of "
+        f"{args.path or 'the held-out text'}\n"
+        f"loss {result['loss']:.4f} nats per token · perplexity {result['perplexity']:.2f} · "
+        f"{result['bits_per_byte']:.4f}{error} bits per byte · accuracy {result['accuracy']:.3f}"
+    )
+    return {"run": args.run, "depth": len(loaded.rack.stacks)} | result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(evaluate, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

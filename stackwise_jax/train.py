@@ -1,0 +1,133 @@
+"""Train a rack: `python -m stackwise_jax.train --config FILE [--section.key value] [--dry-run]`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stackwise_jax.config import ConfigArgumentParser, StackWiseConfig, load_config, resolved_yaml, run_directory
+from stackwise_jax.reporting import ConsoleReporter, Reporters, TensorBoardReporter, add_common, print_plan, run_command
+
+
+def build_parser() -> ConfigArgumentParser:
+    """The arguments of the command."""
+    parser = ConfigArgumentParser(
+        prog="python -m stackwise_jax.train",
+        description="Train a rack by a plan of phases. The same command again continues an interrupted run.",
+    )
+    parser.add_config_arguments()
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the phases with parameters and memory; train nothing"
+    )
+    add_common(parser)
+    return parser
+
+
+@contextmanager
+def stop_on_signal():
+    """An event that the first Ctrl-C (or SIGTERM) sets, so that the run saves and stops; the second acts as usual."""
+    stop = threading.Event()
+    before = {}
+
+    def ask(number, frame):
+        stop.set()
+        signal.signal(number, before[number])
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the command; returns the answer for --json: the summary, or the phases of a dry run."""
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(resolved_yaml(config), end="")
+        return config.to_dict()
+    run_dir = run_directory(config, args.config)
+    if args.dry_run:
+        return dry_run(config, run_dir)
+
+    from stackwise_jax.engine import Interrupted, Run, prepare
+
+    setup = prepare(config, run_dir)
+    console = ConsoleReporter()
+    members: list = [console]
+    if config.run.tensorboard:
+        members.append(TensorBoardReporter(run_dir / "tensorboard", every=config.run.log_every))
+    reporter = Reporters(members)
+    console.note(f"run directory: {run_dir}")
+    try:
+        with stop_on_signal() as stop:
+            run = Run(setup, reporter, stop)
+            summary = run.train()
+        if run.first:
+            sample = text_sample(config, run_dir)
+            reporter.finish(summary, sample)
+            summary["sample"] = sample
+    except Interrupted as stopped:
+        raise KeyboardInterrupt(str(stopped)) from None
+    finally:
+        reporter.close()
+    return summary
+
+
+def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any]:
+    """Print what each phase does and needs; nothing is written."""
+    from stackwise_jax.engine import prepare
+    from stackwise_jax.engine.dryrun import plan_rows
+    from stackwise_jax.reporting import make_console
+
+    setup = prepare(config, run_dir)
+    rows, rack, console = plan_rows(setup), setup.rack, make_console()
+    learns = rack.parameter_count(trainable_only=True)
+    console.print(
+        f"{len(rack.stacks)} stacks of {list(setup.plan.stack_sizes)} blocks, {rack.parameter_count():,} parameters "
+        f"({learns:,} can learn); vocabulary {rack.vocab_size}; {len(setup.train)} training and {len(setup.valid)} "
+        f"held-out sequences of {config.data.seq_len} tokens; run directory {run_dir}",
+        soft_wrap=True,
+    )
+    print_plan(rows, console)
+    return {"parameters": rack.parameter_count(), "run": str(run_dir), "phases": rows}
+
+
+def text_sample(config: StackWiseConfig, run_dir: Path) -> str | None:
+    """A continuation of run.sample_prompt by the trained model, read back from its checkpoint."""
+    import jax
+
+    if config.run.sample_tokens == 0 or jax.process_count() > 1:
+        return None
+    from stackwise_jax.engine import load_rack
+    from stackwise_jax.sampling import sample_text
+
+    loaded = load_rack(run_dir)
+    return sample_text(
+        loaded.rack,
+        loaded.params,
+        loaded.tokenizer,
+        config.run.sample_prompt,
+        objective_kind=loaded.objective_kind,
+        attention_mode=loaded.attention_mode,
+        max_tokens=config.run.sample_tokens,
+        seed=config.run.seed,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(train, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
