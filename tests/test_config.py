@@ -142,8 +142,11 @@ WRONG = [
     ("model: {remat: 1}", "model.remat is 1; write true or false"),
     ("optimizer: {lr: fast}", 'optimizer.lr is "fast"; write a number'),
     ("optimizer: {lr: true}", "optimizer.lr is true; write a number"),
-    ("run: {name: 2024-01-01}", 'run.name is "2024-01-01"; write text (in quotes) or null'),
-    ("run: {sample_prompt: no}", "run.sample_prompt is false; write text (in quotes)"),
+    ("run: {name: 2024-01-01}", 'run.name is "2024-01-01"; write text or null (in quotes what'),
+    (
+        "run: {sample_prompt: no}",
+        "run.sample_prompt is false; write text (in quotes what YAML reads as something else)",
+    ),
     ("objective: {kind: lm}", 'objective.kind is "lm"; write one of clm, mlm, diffusion'),
     ("model: 3", "model is 3; write keys below it, such as d_model, "),
     ("- model", 'the file is ["model"]; write keys below it, such as run, '),

@@ -1,9 +1,9 @@
 """Where documents come from: files, the documentation of Python, the Markov source; and the held-out split."""
 
 import collections
+import itertools
 import json
 import math
-import os
 import random
 import sys
 import textwrap
@@ -54,6 +54,10 @@ def test_jsonl(tmp_path):
     assert read_documents(path, cfg, "data.path") == ["one\n\nstill one\u2028", "é"]
     assert read_documents(tmp_path, cfg, "data.path") == ["one\n\nstill one\u2028", "é"]
     assert read_documents(path, DataConfig(), "data.path") == ["one\n\nstill one\u2028", "é"]  # by the name
+    (tmp_path / "t.txt").write_text("a\nb")
+    assert read_documents(tmp_path / "t.txt", cfg, "data.path") == ["a", "b"]
+    (tmp_path / "nameless").write_bytes(path.read_bytes())
+    assert read_documents(tmp_path / "nameless", cfg, "data.path") == ["one\n\nstill one\u2028", "é"]
 
 
 def test_held_out_documents_are_disjoint_complete_and_drawn_by_seed(tmp_path):
@@ -79,10 +83,7 @@ def test_shuffled_is_a_permutation_pinned_for_good():
     assert sorted(shuffled(1000, 5)) == list(range(1000))
     assert shuffled(8, 0, 1).tolist() == shuffled(8, 0, 1).tolist() != shuffled(8, 0, 2).tolist()
     # A run that is continued with another numpy must go on with the same batches.
-    assert shuffled(8, 0).tolist() == PINNED_SHUFFLE
-
-
-PINNED_SHUFFLE = [0, 3, 7, 5, 1, 2, 6, 4]
+    assert shuffled(8, 0).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
 
 
 BAD_FILES = {
@@ -140,16 +141,7 @@ def test_bad_paths_and_keys(tmp_path):
             split_documents(cfg, seed=0)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file_is_named(tmp_path):
-    path = tmp_path / "t.txt"
-    path.write_text("a\nb")
-    path.chmod(0)
-    with pytest.raises(UsageError, match=r"t.txt cannot be read \(Permission denied\)"):
-        split_documents(text_config(path), seed=0)
-
-
-def test_path_that_is_neither_file_nor_folder_is_named(tmp_path, monkeypatch):
+def test_failing_read_is_named(tmp_path, monkeypatch):
     path = tmp_path / "t.txt"
     path.write_text("a\nb")
 
@@ -235,12 +227,12 @@ def test_markov_entropy_is_what_is_measured():
     assert abs(markov_entropy() - 0.40) < 0.005
     text = "".join(builtin.markov_documents(400_000, seed=0, part=0))
     follower = {a: builtin.SYMBOLS[builtin.markov_follower(i)] for i, a in enumerate(builtin.SYMBOLS)}
-    hit = np.mean([follower[a] == b for a, b in zip(text, text[1:], strict=False)])
+    hit = np.mean([follower[a] == b for a, b in itertools.pairwise(text)])
     # A fair estimate from counts: cross-entropy of the second half under the transitions of the first.
     half = len(text) // 2
-    counts = collections.Counter(zip(text[:half], text[1:half], strict=False))
+    counts = collections.Counter(itertools.pairwise(text[:half]))
     totals = collections.Counter(text[: half - 1])
-    pairs = list(zip(text[half:], text[half + 1 :], strict=False))
+    pairs = list(itertools.pairwise(text[half:]))
     nats = -np.mean([math.log((counts[a, b] + 0.01) / (totals[a] + 0.64)) for a, b in pairs])
     assert abs(hit - (0.95 + 0.05 / 64)) < 0.002
     assert abs(nats - markov_entropy()) < 0.04

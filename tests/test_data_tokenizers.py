@@ -181,7 +181,7 @@ def test_damaged_saved_tokenizer(tmp_path, trained, damage):
         record.write_text(record.read_text()[:-5])
     else:
         model.unlink()
-    with pytest.raises(RunError, match="the tokenizer in .* is damaged"):
+    with pytest.raises(RunError, match=r"the tokenizer in .* is damaged"):
         load_tokenizer(TokenizerConfig(kind="sentencepiece", vocab_size=400), some_texts, tmp_path)
 
 

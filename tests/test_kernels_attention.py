@@ -3,6 +3,8 @@
 Legend: B batch, T query rows, S key/value rows, H query heads, K key/value heads, d head size.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,22 +55,26 @@ def test_equals_a_naive_loop(implementation, n_kv, causal, packed):
         in_document = SEGMENTS[b, t] == SEGMENTS[b, s] != 0 if packed else True
         return in_document and (s <= t or not causal)
 
-    got = attention(*args, causal=causal, implementation=implementation, **segments)
+    got = jax.jit(partial(attention, causal=causal, implementation=implementation, **segments))(*args)
     np.testing.assert_allclose(got, naive(*args, sees), atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_causality_and_segments_by_gradient(implementation):
     q_BTHd, k_BSKd, v_BSKd = qkv()
-    for row in range(T):
 
-        def output(k_BSKd, v_BSKd, row=row):
+    @jax.jit
+    def gradients(row):
+        def output(k_BSKd, v_BSKd):
             o_BTHd = attention(
                 q_BTHd, k_BSKd, v_BSKd, causal=True, q_segment_ids_BT=SEGMENTS, implementation=implementation
             )
             return jnp.sum(jnp.square(o_BTHd[:, row]))
 
-        reached_BS = sum(np.abs(g).sum((2, 3)) for g in jax.grad(output, argnums=(0, 1))(k_BSKd, v_BSKd)) > 0
+        return jax.grad(output, argnums=(0, 1))(k_BSKd, v_BSKd)
+
+    for row in range(T):
+        reached_BS = sum(np.abs(g).sum((2, 3)) for g in gradients(row)) > 0
         for b in range(B):
             seen = [s <= row and SEGMENTS[b, s] == SEGMENTS[b, row] != 0 for s in range(T)]
             np.testing.assert_array_equal(reached_BS[b], seen)
@@ -115,8 +121,8 @@ def test_chunked_gradients_equal_the_reference(causal, packed, max_scores):
     def loss(args, f, **options):
         return jnp.sum(jnp.sin(f(*args, causal=causal, **segments, **options)))
 
-    got, grads = jax.value_and_grad(loss)(qkv(), attention_chunked, max_scores=max_scores)
-    expected, grads_ref = jax.value_and_grad(loss)(qkv(), attention, implementation="reference")
+    got, grads = jax.jit(jax.value_and_grad(partial(loss, f=attention_chunked, max_scores=max_scores)))(qkv())
+    expected, grads_ref = jax.jit(jax.value_and_grad(partial(loss, f=attention, implementation="reference")))(qkv())
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     for grad, grad_ref in zip(grads, grads_ref, strict=True):
         np.testing.assert_allclose(grad, grad_ref, atol=2e-6)

@@ -35,9 +35,8 @@ def block(dims, p, x_BTD):
     return x_BTD + (jax.nn.silu(h_BTD @ p["gate"]) * (h_BTD @ p["up"])) @ p["down"]
 
 
-def counted(fn, *args):
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    analysis = jax.jit(fn).lower(*args).compile(quick).cost_analysis()
+def counted(lowered_or_compiled):
+    analysis = lowered_or_compiled.cost_analysis()
     return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
 
 
@@ -68,7 +67,7 @@ def step(path, *, train_embed=False, train_head=False, tied=False, remat=False, 
     return jax.grad(loss), learning, fixed
 
 
-LEARNS, FROZEN = StackDims((FIXED_UP,), learns=True), StackDims((GQA,))
+LEARNS, FROZEN = StackDims((GQA, FIXED_UP), learns=True), StackDims((GQA, FIXED_UP))
 PHASES = {
     "rackwise": ((LEARNS,), dict(train_embed=True, train_head=True)),
     "rackwise, tied": ((LEARNS,), dict(train_embed=True, train_head=True, tied=True)),
@@ -85,6 +84,8 @@ PHASES = {
 @pytest.mark.parametrize("name", PHASES)
 def test_phase_flops_against_xla(name):
     path, options = PHASES[name]
+    gradient, learning, fixed = step(path, **options)
+    lowered = jax.jit(gradient).lower(learning, fixed)  # compiling takes seconds and leaves the products as they are
     flops = phase_flops(
         path,
         steps=1,
@@ -98,14 +99,13 @@ def test_phase_flops_against_xla(name):
         tie_embeddings=options.get("tied", False),
         remat=options.get("remat", False),
     )
-    print("RATIO", name, flops["total"]/counted(*step(path, **options)), flops["total"]/jax.jit((a:=step(path, **options))[0]).lower(*a[1:]).cost_analysis()["flops"])
-    assert flops["total"] == pytest.approx(counted(*step(path, **options)), rel=0.05)
+    assert flops["total"] == pytest.approx(counted(lowered), rel=0.05)
 
 
 @pytest.mark.parametrize("dims", [GQA, FIXED_UP])
 def test_block_forward_against_xla(dims):
     x_BTD = jnp.zeros((B, T, D))
-    xla = counted(lambda p, x: block(dims, p, x), block_params(dims), x_BTD)
+    xla = counted(jax.jit(block, static_argnums=0).lower(dims, block_params(dims), x_BTD).compile())
     assert B * T * dims.forward(T) == pytest.approx(xla, rel=0.05)
     assert block_forward_flops(D, F, dims.n_heads, dims.n_kv_heads, T) == dims.forward(T)
 

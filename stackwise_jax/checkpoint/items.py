@@ -1,12 +1,13 @@
 """One saved tree: a directory that holds the arrays (Orbax) and meta.json, and appears whole or not at all.
 
-meta.json lists every leaf with shape, dtype and sha256, so that shapes are known without reading arrays and damage is
-noticed when they are read.
+meta.json lists every leaf with shape and dtype, so that these are known without reading arrays, and every file with its
+sha256, so that damage is noticed before anything is read from it.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -17,10 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from stackwise_jax.checkpoint.files import brief, by_first_process, read_json, sync, write_json, writing
 from stackwise_jax.errors import RunError, UsageError
-from stackwise_jax.memory.hashing import digest, is_whole_here, leaf_name, named_leaves
+from stackwise_jax.memory.hashing import is_whole_here, leaf_name, named_leaves
 
 ARRAYS, META = "arrays", "meta.json"
 
@@ -28,8 +30,8 @@ ARRAYS, META = "arrays", "meta.json"
 def save_tree(path: Path, tree: Any, meta: dict) -> None:
     """Save a tree of arrays (any pytree container) and a JSON-able `meta` as the new directory `path`.
 
-    Every process calls this. What a process sees whole is copied to the host and written by process 0, with its
-    sha256; leaves sharded over several processes are written by all, without one.
+    Every process calls this. Leaves that a process sees whole are copied to the host and written by process 0; those
+    that are sharded over several processes are written by all.
 
     Raises:
         RunError: the disk is full or not writable; nothing then stands at `path`.
@@ -37,14 +39,12 @@ def save_tree(path: Path, tree: Any, meta: dict) -> None:
     leaves = {name: _to_host(leaf) for name, leaf in named_leaves(tree).items()}
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with writing(path), jax.transfer_guard("allow"), ThreadPoolExecutor(os.cpu_count()) as pool:
-            digests = {name: pool.submit(digest, leaf) for name, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
+        with writing(path):
             by_first_process(lambda: _make_empty(temporary))
             # Orbax takes neither an empty tree nor an empty array; the table of leaves is enough for those.
             if arrays := {name: leaf for name, leaf in leaves.items() if leaf.size}:
                 _save_arrays(temporary / ARRAYS, _nested(arrays))
-            sums = {name: digests[name].result() if name in digests else None for name in leaves}
-            table = {n: {"shape": x.shape, "dtype": x.dtype.name, "sha256": sums[n]} for n, x in leaves.items()}
+            table = {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in leaves.items()}
             by_first_process(lambda: _complete(temporary, path, {"meta": meta, "leaves": table}))
     except RunError:
         if jax.process_index() == 0:
@@ -64,11 +64,13 @@ def load_tree(path: Path, like: Any = None) -> Any:
         RunError: a file is missing or damaged.
         UsageError: the saved tree does not fit `like`.
     """
-    table = _read(path)["leaves"]
+    saved = _read(path)
+    table, targets = saved["leaves"], named_leaves(like)
+    if like is not None:
+        _check_fit(path, table, targets)
+    _check_files(path, saved["files"])
     if like is None:
         return _nested(_read_leaves(path, table, {}))
-    targets = named_leaves(like)
-    _check_fit(path, table, targets)
     leaves = _read_leaves(path, table, targets)
     paths, treedef = jax.tree_util.tree_flatten_with_path(like)
     placed = [_place(leaves.pop(leaf_name(key)), target) for key, target in paths]
@@ -101,17 +103,14 @@ def holds_same(path: Path, tree: Any, meta: dict) -> bool:
     except RunError:
         return False
     leaves = named_leaves(tree)
-    if (
-        saved["meta"] != json.loads(json.dumps(meta))
-        or saved["leaves"].keys() != leaves.keys()
-        or not all(map(is_whole_here, leaves.values()))
-    ):
+    if not all(map(is_whole_here, leaves.values())) or json.dumps(saved["meta"]) != json.dumps(_as_json(meta)):
         return False
-    for name, leaf in leaves.items():
-        host, entry = _to_host(leaf), saved["leaves"][name]
-        if [list(host.shape), host.dtype.name, digest(host)] != [entry["shape"], entry["dtype"], entry["sha256"]]:
-            return False
-    return True
+    hosts = {name: _to_host(leaf) for name, leaf in leaves.items()}
+    table = {name: {"shape": host.shape, "dtype": host.dtype.name} for name, host in hosts.items()}
+    if _as_json(table) != saved["leaves"]:
+        return False
+    present = named_leaves(load_tree(path))
+    return all(host.tobytes() == present[name].tobytes() for name, host in hosts.items())
 
 
 def _make_empty(directory: Path) -> None:
@@ -120,14 +119,49 @@ def _make_empty(directory: Path) -> None:
         directory.mkdir(parents=True)
 
 
-def _complete(temporary: Path, path: Path, meta: dict) -> None:
+def _complete(temporary: Path, path: Path, body: dict) -> None:
     """Write meta.json, force everything to the disk, and give the directory its name."""
     with writing(path):
-        write_json(temporary / META, meta)
-        for file in temporary.rglob("*"):
-            sync(file)
+        entries = list(temporary.rglob("*"))
+        for entry in entries:
+            sync(entry)
+        files = [entry for entry in entries if entry.is_file()]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            names = [file.relative_to(temporary).as_posix() for file in files]
+            digests = dict(zip(names, pool.map(_file_digest, files), strict=True))
+        write_json(temporary / META, body | {"files": digests})
         os.rename(temporary, path)
         sync(path.parent)
+
+
+def _file_digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _check_files(path: Path, files: dict[str, str]) -> None:
+    """Compare every file with its sha256. Each process checks its share, and all learn the result."""
+
+    def damage(name: str) -> str | None:
+        try:
+            return None if _file_digest(path / name) == files[name] else f"{path / name} is damaged"
+        except FileNotFoundError:
+            return f"{path / name} is missing"
+        except OSError as error:
+            return f"{path / name} cannot be read: {brief(error)}"
+
+    share = sorted(files)[jax.process_index() :: jax.process_count()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [text for text in pool.map(damage, share) if text]
+    failed = bool(found)
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.process_allgather(np.asarray(failed)).any())
+    if failed:
+        raise RunError(found[0] if found else f"{path} is damaged; another process says where")
+
+
+def _as_json(data: Any) -> Any:
+    return json.loads(json.dumps(data))
 
 
 def _read(path: Path) -> dict:
@@ -167,7 +201,7 @@ def _check_fit(path: Path, table: dict, targets: dict) -> None:
 
 
 def _read_leaves(path: Path, table: dict, targets: dict) -> dict[str, Any]:
-    """All leaves as verified numpy arrays; what a target spreads over processes as jax.Arrays, read shard by shard."""
+    """All leaves as numpy arrays; what a target spreads over processes as jax.Arrays, read shard by shard."""
     import orbax.checkpoint as ocp
 
     def restore_args(name: str):
@@ -189,18 +223,7 @@ def _read_leaves(path: Path, table: dict, targets: dict) -> dict[str, Any]:
     leaves = named_leaves(restored) | empty
     if leaves.keys() != table.keys():
         raise RunError(f"{path / ARRAYS} is damaged: its leaves are not those that {META} lists")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sound = dict(zip(leaves, pool.map(lambda n: _sound(leaves[n], table[n]), leaves), strict=True))
-    if bad := [name for name in leaves if not sound[name]]:
-        raise RunError(f"{path / ARRAYS} is damaged: '{bad[0]}' is not what was saved")
     return leaves
-
-
-def _sound(leaf: Any, entry: dict) -> bool:
-    if isinstance(leaf, jax.Array):
-        return True
-    same_type = list(leaf.shape) == entry["shape"] and leaf.dtype.name == entry["dtype"]
-    return same_type and (entry["sha256"] is None or digest(leaf) == entry["sha256"])
 
 
 def _place(leaf: Any, target: Any) -> Any:
@@ -220,12 +243,13 @@ def _place(leaf: Any, target: Any) -> Any:
 def _save_arrays(path: Path, tree: dict) -> None:
     import orbax.checkpoint as ocp
 
-    _checkpointer().save(path, args=ocp.args.PyTreeSave(tree))
+    with jax.transfer_guard("allow"):
+        _checkpointer().save(path, args=ocp.args.PyTreeSave(tree))
 
 
 @functools.cache
 def _checkpointer():
-    """One synchronous Orbax checkpointer for the process; its log lines below errors are dropped."""
+    """One synchronous Orbax checkpointer for the process; its log lines are dropped: what fails is raised."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)

@@ -24,10 +24,23 @@ class Progress:
     formats: dict[str, str] = field(default_factory=dict)  # item name -> fp32 | bf16 | fp16: as it was last used
     data: dict = field(default_factory=dict)  # state of the data iterator
     metrics_bytes: int = 0  # length of metrics.jsonl at this moment
-    results: list[dict] = field(default_factory=list)  # of the phases that have ended
+    results: list[dict] = field(default_factory=list)  # of the phases that have ended; "versions": as they were then
     bad_steps: int = 0  # non-finite steps in a row
     finished: bool = False
     extra: dict = field(default_factory=dict)
+
+    @property
+    def needs(self) -> set[tuple[str, int]]:
+        """(item name, version) of everything that this state, or the state at the end of one of its phases, consists of."""
+        states = [self.versions, *(result.get("versions", {}) for result in self.results)]
+        return {item for versions in states for item in versions.items()}
+
+    @property
+    def needed(self) -> set[tuple[str, int]]:
+        """The (item name, version) pairs that must stay: this state's, and those that ended phases name in `versions`,
+        so that the rack can still be loaded as it was at the end of each phase."""
+        tables = [self.versions, *(result.get("versions", {}) for result in self.results)]
+        return {pair for table in tables for pair in table.items()}
 
 
 def write_progress(path: Path, progress: Progress) -> None:

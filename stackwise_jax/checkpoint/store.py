@@ -4,7 +4,8 @@
     <directory>/progress/00000040.json
 
 An item is saved first and counts only once a record that names its version is committed. So a kill at any moment loses
-nothing: what is half done is removed by the next write, what no record names by the next commit. A version that a kept record names is never written again.
+nothing: what is half done is removed by the next write, what no record names by the next commit. A version that a
+kept record names is never written again.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class Store:
         for number in set(self.records()) - {record.number for record in kept}:
             self._record(number).unlink()
         sync(self.directory / PROGRESS)
-        needed = {self.path(name, version) for record in kept for name, version in record.versions.items()}
+        needed = {self.path(name, version) for record in kept for name, version in record.needed}
         for path in set(self._directories(_VERSION)) - needed:
             remove_tree(path)
 

@@ -83,7 +83,7 @@ def describe(hint: Any) -> str:
         of_sections = dataclasses.is_dataclass(get_args(inner)[0])
         text = "a list of entries, each with its own keys" if of_sections else "a list of whole numbers such as [0, 1]"
     else:
-        text = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes)"}[inner]
+        text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[inner]
     return text + (" or null" if optional else "")
 
 

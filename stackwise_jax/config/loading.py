@@ -6,6 +6,7 @@ be right. YAML is read by the safe loader only.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -109,7 +110,8 @@ def _value(hint: Any, base: Any, value: Any, key: str, where: str, known: Collec
         if value is None:  # a section whose lines are all commented out, or no objective of its own
             return base if not optional else None
         return _changed(base or inner(), value, f"{key}.", where, known)  # pyright: ignore[reportCallIssue]
-    wrong = UsageError(f"{where}: {key} is {_shown(value)}; write {describe(hint)}")
+    quotes = " (in quotes what YAML reads as something else)" if inner is str else ""
+    wrong = UsageError(f"{where}: {key} is {_shown(value)}; write {describe(hint)}{quotes}")
     if value is None and not optional:
         raise wrong
     if get_origin(inner) is list and dataclasses.is_dataclass(entry := get_args(inner)[0]):
@@ -121,11 +123,9 @@ def _value(hint: Any, base: Any, value: Any, key: str, where: str, known: Collec
             _changed(entry(), item, name, where, list_names(entry, name))  # pyright: ignore
             for name, item in zip(names, entries, strict=True)
         ]
-    from jsonargparse import ArgumentError
-
     try:
         return _reader(hint).parse_object({"value": value}).value
-    except ArgumentError:
+    except argparse.ArgumentError:
         raise wrong from None
 
 

@@ -31,7 +31,6 @@ class Dataset:
     Attributes:
         tokens_NT, segment_ids_NT, positions_NT: int32, as in `objectives.batch.Examples`.
         n_bytes: UTF-8 bytes of the documents; what separates documents in a file is not counted.
-        pad_id: the token that fills what no document fills.
         fingerprint: equal for equal content.
     """
 
@@ -39,7 +38,6 @@ class Dataset:
     segment_ids_NT: np.ndarray
     positions_NT: np.ndarray
     n_bytes: int
-    pad_id: int
     fingerprint: str
 
     def __len__(self) -> int:
@@ -95,40 +93,37 @@ def build_dataset(texts: Iterable[str], cfg: DataConfig, tokenizer: Tokenizer) -
     digest = hashlib.sha256(f"{arrays[0].shape} {n_bytes} {tokenizer.fingerprint}".encode())
     for array in arrays:
         digest.update(array.data)
-    return Dataset(*arrays, n_bytes=n_bytes, pad_id=tokenizer.pad_id, fingerprint=digest.hexdigest())
+    return Dataset(*arrays, n_bytes=n_bytes, fingerprint=digest.hexdigest())
 
 
 class Loader:
     """An endless stream of batches; everything in it is a function of (dataset, batch_size, seed, i).
 
     The sequences are shuffled once and cut into batches whose composition never changes, so that what was computed for
-    a batch serves whenever it returns. The order of the batches is drawn anew for each epoch.
+    a batch serves whenever it returns; the few sequences that fill no batch are left out. The order of the batches is
+    drawn anew for each epoch.
 
     Args:
         batch_size: sequences per batch.
         shuffle: False: sequences and batches come in the order of the text.
-        fill_last: False: sequences that fill no batch are never given. True: one more batch holds them, filled up
-            with rows of padding (segment 0), so that an evaluation covers the whole text.
 
     Raises:
         UsageError: the dataset does not fill one batch.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, shuffle: bool = True, fill_last: bool = False):
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, shuffle: bool = True):
         n, seq_len = dataset.tokens_NT.shape
         if batch_size < 1:
             raise UsageError(f"data.batch_size is {batch_size}; write at least 1")
-        if n < batch_size and not fill_last:
+        if n < batch_size:
             raise UsageError(
                 f"data.batch_size {batch_size} is more than the {n} sequences that the text gives at data.seq_len "
                 f"{seq_len}; write data.batch_size {n} at most, a smaller data.seq_len, or give more text"
             )
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
-        self.n_batches = -(-n // batch_size) if fill_last else n // batch_size
+        self.n_batches = n // batch_size
         order = shuffled(n, seed, 0) if shuffle else np.arange(n)
-        n_given = self.n_batches * batch_size
-        # Rows from n on are padding.
-        self._rows = np.concatenate([order, np.arange(n, max(n, n_given))])[:n_given].reshape(-1, batch_size)
+        self._rows = order[: self.n_batches * batch_size].reshape(-1, batch_size)
         self._epoch_order = lru_cache(maxsize=2)(self._draw_epoch_order)
 
     def _draw_epoch_order(self, epoch: int) -> np.ndarray:
@@ -142,13 +137,9 @@ class Loader:
     def examples(self, batch_id: int) -> Examples:
         """The content of a batch, in numpy arrays of its own."""
         rows_B, data = self._rows[batch_id], self.dataset
-        real_B = rows_B < len(data)
-        parts = []
-        for array, padding in ((data.tokens_NT, data.pad_id), (data.segment_ids_NT, 0), (data.positions_NT, 0)):
-            rows_BT = array[np.where(real_B, rows_B, 0)]
-            rows_BT[~real_B] = padding
-            parts.append(rows_BT)
-        return Examples(*parts, example_ids_B=rows_B.astype(np.int32))
+        return Examples(
+            data.tokens_NT[rows_B], data.segment_ids_NT[rows_B], data.positions_NT[rows_B], rows_B.astype(np.int32)
+        )
 
     def batch(self, i: int) -> tuple[int, Examples]:
         """Step i of the stream: the id of its batch, and the batch."""

@@ -75,8 +75,8 @@ def _check(cfg: DataConfig) -> None:
 def read_documents(path: str | Path, cfg: DataConfig, key: str) -> list[str]:
     """The documents of a file, or of the files in a folder and the folders in it, sorted by path.
 
-    JSONL (`data.source` jsonl, or a name that ends in .jsonl): each line is an object whose `data.text_key` is one
-    document. Text: see `text_documents`. What holds only white space is no document.
+    A name that ends in .jsonl or .txt says what a file is, else `data.source` does. JSONL: each line is an object whose
+    `data.text_key` is one document. Text: see `text_documents`. What holds only white space is no document.
 
     Args:
         key: the configuration key that named the path, for messages.
@@ -85,7 +85,8 @@ def read_documents(path: str | Path, cfg: DataConfig, key: str) -> list[str]:
         UsageError: no such path, nothing in it, not UTF-8, or a line that is not as it should be.
     """
     path = Path(path)
-    suffix = ".jsonl" if cfg.source == "jsonl" or path.suffix == ".jsonl" else ".txt"
+    is_jsonl = path.suffix == ".jsonl" or (cfg.source == "jsonl" and path.suffix != ".txt")
+    suffix = ".jsonl" if is_jsonl else ".txt"
     if path.is_dir():
         files = sorted(p for p in path.rglob(f"*{suffix}") if p.is_file())
         if not files:
@@ -97,7 +98,7 @@ def read_documents(path: str | Path, cfg: DataConfig, key: str) -> list[str]:
     documents = []
     for file in files:
         text = _read(file, key)
-        documents += _jsonl_documents(text, file, cfg.text_key) if suffix == ".jsonl" else text_documents(text)
+        documents += _jsonl_documents(text, file, cfg.text_key) if is_jsonl else text_documents(text)
     if not documents:
         raise UsageError(f"{key} {path} holds no text; write the path of a file that does")
     return documents

@@ -41,9 +41,8 @@ def check_directory(run_dir: Path, config: StackWiseConfig) -> bool:
     if not (run_dir / CONFIG).exists():
         strange = {entry.name for entry in run_dir.iterdir()} - {TOKENIZER, PHASES, PHASES + ".tmp", CONFIG + ".tmp"}
         if strange:
-            raise UsageError(
-                f"run.dir {run_dir} holds files that are no run ({', '.join(sorted(strange)[:3])}); name another run.dir"
-            )
+            names = ", ".join(sorted(strange)[:3])
+            raise UsageError(f"run.dir {run_dir} holds files that are no run ({names}); name another run.dir")
         return False
     if config.run.resume == "never":
         raise UsageError(

@@ -17,8 +17,8 @@ class Reporter(Protocol):
         """info: steps, start_step, trainable_params, frozen_params, cache (the choice and its reason)."""
 
     def step(self, row: dict) -> None:
-        """phase, step, global_step, steps, loss, bits_per_byte, accuracy, lr, grad_norm, tokens_per_second, seconds_left,
-        device_bytes (None where the backend keeps no count), host_bytes."""
+        """phase, step, global_step, steps, loss, bits_per_byte, accuracy, lr, grad_norm, tokens_per_second,
+        seconds_left, device_bytes (None where the backend keeps no count), host_bytes."""
 
     def evaluation(self, row: dict) -> None:
         """phase, step, global_step, depth (stacks), held_out_loss, bits_per_byte."""

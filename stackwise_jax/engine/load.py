@@ -22,7 +22,7 @@ from stackwise_jax.model import Rack, create_rack_from_config, regroup
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A rack cut to the stacks that were asked for, with its parameters as `rack.apply({"params": params}, ...)` takes them."""
+    """A rack cut to the stacks that were asked for; `rack.apply({"params": params}, ...)` takes its parameters."""
 
     config: StackWiseConfig
     run_dir: Path

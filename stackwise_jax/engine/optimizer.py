@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules, all from optax.
 
-The learning rate is not part of the optimizer: it is computed on the host once per phase and multiplies the update inside the
-step as a traced scalar, so that phases of unlike length or rate share one compiled step.
+The learning rate is not part of the optimizer: it is computed on the host once per phase and multiplies the update
+inside the step as a traced scalar, so that phases of unlike length or rate share one compiled step.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
 def learning_rates(cfg: OptimizerConfig, steps: int) -> np.ndarray:
     """The learning rate of each step of a phase, float32 (steps,).
 
-    constant: warm-up, then lr. cosine and linear: warm-up, then down to final_lr * lr. wsd: warm-up, stable, and over the
-    last `decay` share of the phase down linearly (Hu et al. 2024, MiniCPM).
+    constant: warm-up, then lr. cosine and linear: warm-up, then down to final_lr * lr. wsd: warm-up, stable, and over
+    the last `decay` share of the phase down linearly (Hu et al. 2024, MiniCPM).
     """
     warmup = round(cfg.warmup * steps)
     end, rest = cfg.lr * cfg.final_lr, max(steps - warmup, 1)

@@ -96,7 +96,9 @@ class PrefixCache:
         elements = loader.batch_size * loader.dataset.tokens_NT.shape[1] * task.rack.d_model
         return elements * jnp.dtype(dtype_of(task.rack.compute_dtype)).itemsize // jax.process_count()
 
-    def prepare(self, prefix: Prefix, weights: Weights, phase: Phase, loader: Loader, kind: str, data: str) -> int | None:
+    def prepare(
+        self, prefix: Prefix, weights: Weights, phase: Phase, loader: Loader, kind: str, data: str
+    ) -> int | None:
         """Make the cache hold the prefix's output for every batch of the phase.
 
         A cache that holds the output of the first stacks of this prefix is pushed through the rest; any other is filled

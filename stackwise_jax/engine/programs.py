@@ -1,7 +1,7 @@
 """The compiled functions of a run, shared by all stacks of equal shape.
 
-Everything that is computed goes through here, so that the cached and the recomputed prefix, training and evaluation use the
-same machine code, and so that the number of compilations can be counted.
+Everything that is computed goes through here, so that the cached and the recomputed prefix, training and evaluation
+use the same machine code, and so that the number of compilations can be counted.
 
 Legend: B batch, T sequence, D d_model, V vocabulary.
 """
@@ -69,7 +69,7 @@ def loss_sums(
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Device bytes of a compiled function: arguments, outputs that are not donated arguments, temporaries, and their sum."""
+    """Device bytes of a compiled function: arguments, outputs that reuse no argument, temporaries, and their sum."""
     memory = compiled.memory_analysis()
     arguments, temporaries = int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
     outputs = int(memory.output_size_in_bytes - memory.alias_size_in_bytes)
@@ -87,7 +87,7 @@ def _signature(tree: Tree) -> tuple:
 
 
 class StepPrograms:
-    """Training steps compiled ahead of time: one per (spec, shapes). A second call with equal arguments compiles nothing."""
+    """Training steps compiled ahead of time, one per (spec, shapes)."""
 
     def __init__(self, placement: Placement):
         self._placement = placement

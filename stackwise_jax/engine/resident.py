@@ -23,7 +23,7 @@ from stackwise_jax.data import Loader
 from stackwise_jax.engine.optimizer import learning_rates, make_optimizer
 from stackwise_jax.engine.prefix import FIXED_VISIT, Prefix, PrefixCache, put_examples
 from stackwise_jax.engine.step import StepData, StepSpec, TaskSpec, TrainState
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Window, stack_item
 from stackwise_jax.memory import Placement
 from stackwise_jax.objectives import Examples
 
@@ -123,9 +123,11 @@ def run_phase(
     """The loop of a phase; see the contract at the top of this file.
 
     Args:
-        before_step: called with (step, the state before it, flush) to evaluate, save or stop; flush() delivers the metrics
+        before_step: called with (step, the state before it, flush) to evaluate, save or stop; flush() delivers the
+        metrics
             of all steps done so far.
-        on_metrics: called with (step, metrics as floats, seconds since the previous step's metrics), in order, once a step.
+        on_metrics: called with (step, metrics as floats, seconds since the previous step's metrics), in order, once a
+        step.
     """
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     clock = time.perf_counter()
@@ -177,7 +179,7 @@ def constants_of(placement: Placement, seed: int, phase_index: int, token_bytes_
     )
 
 
-def load_state(weights: Weights, state: TrainState, opt: Tree, step: int, bad_steps: int) -> TrainState:
-    """A state as it was saved: its optimizer state, step and count of bad steps."""
-    step_array, bad = weights.placement.put((np.int32(step), np.int32(bad_steps)), weights.placement.replicated)
+def resume_state(placement: Placement, state: TrainState, opt: Tree, step: int, bad_steps: int) -> TrainState:
+    """A state as it was saved: fresh but for its optimizer state, step and count of bad steps."""
+    step_array, bad = placement.put((np.int32(step), np.int32(bad_steps)), placement.replicated)
     return TrainState(step_array, bad, state.learning, opt)

@@ -1,9 +1,9 @@
 """Runs any list of phases; knows the name of no mode.
 
-For each phase: 1. grow the stacks of the path that do not exist; 2. store what does not learn in the phase's frozen format
-(its full-precision copy stays in the store); 3. cache or recompute the prefix; 4. learning state = (step, learning trees,
-optimizer state), donated, the frozen trees beside it; 5. the loop of `resident.run_phase`; 6. write only what changed, drop
-optimizer and cache.
+For each phase: 1. grow the stacks of the path that do not exist; 2. store what does not learn in the phase's frozen
+format (its full-precision copy stays in the store); 3. cache or recompute the prefix; 4. learning state = (step,
+learning trees, optimizer state), donated, the frozen trees beside it; 5. the loop of `resident.run_phase`; 6. write
+only what changed, drop optimizer and cache.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-import time
 from typing import Any
 
 import jax
 
-from stackwise_jax.checkpoint import MetricsLog, Progress, Store
+from stackwise_jax.checkpoint import Progress
 from stackwise_jax.curriculum import Phase
 from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
@@ -24,12 +23,13 @@ from stackwise_jax.engine.events import NullReporter, Reporter
 from stackwise_jax.engine.heldout import held_out, held_out_batches
 from stackwise_jax.engine.prefix import Prefix, PrefixCache
 from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
+from stackwise_jax.engine.recorder import Recorder
 from stackwise_jax.engine.resident import (
     Feed,
     constants_of,
     initial_state,
     learned_trees,
-    load_state,
+    resume_state,
     run_phase,
     split_phase,
     step_spec,
@@ -42,7 +42,6 @@ from stackwise_jax.memory import peak_device_bytes, peak_host_bytes
 from stackwise_jax.model import combine
 
 Tree = Any
-OPTIMIZER = "optimizer"
 HISTORY = 64  # points of the loss history kept with each item
 
 
@@ -82,7 +81,6 @@ class Run:
         self.placement = setup.placement
         self.programs = StepPrograms(self.placement)
         self.loader = setup.loader()
-        self.number, self.global_step, self.results = 0, 0, []
 
     # The two ends of a run.
 
@@ -103,7 +101,7 @@ class Run:
                 self._phase(index, progress if index == progress.phase else None)
         finally:
             self.cache.close()
-            self.log.close()
+            self.recorder.close()
         return self._summary()
 
     def _open(self) -> Progress:
@@ -112,22 +110,17 @@ class Run:
         if self.first and not begun:
             directory.create_directory(run_dir, self.config, setup.plan, setup.tokenizer)
         _wait_for_all("run directory")
-        self.store = Store(run_dir / directory.CHECKPOINTS, keep=self.config.run.keep)
-        self.log = MetricsLog(run_dir / directory.METRICS)
+        self.recorder = Recorder(run_dir, self.config.run.keep, setup.train.fingerprint)
         self.cache = PrefixCache(self.config.cache, self.placement, run_dir / directory.CACHE)
         root_key = self.placement.put(jax.random.key(self.config.run.seed), self.placement.replicated)
-        self.weights = Weights(setup.rack, self.placement, self.store, root_key)
-        progress = self.store.latest() or self._begin()
+        self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root_key)
+        progress = self.recorder.store.latest() or self._begin()
         if progress.data["fingerprint"] != setup.train.fingerprint:
             raise UsageError(
                 f"the training text is not the one that {run_dir} was begun with; "
                 "restore data.path (or data.source) or name another run.dir"
             )
-        self.number, self.global_step = progress.number, progress.global_step
-        self.results = list(progress.results)
-        self.weights.versions = {k: v for k, v in progress.versions.items() if k != OPTIMIZER}
-        if self.first:
-            self.log.truncate(progress.metrics_bytes)
+        self.recorder.go_on_from(progress)
         if progress.number > 1 and not progress.finished:
             name = self.phases[progress.phase].name
             self.reporter.note(f"continuing {run_dir}: phase '{name}', step {progress.step}")
@@ -137,20 +130,20 @@ class Run:
         """Write the items that exist before the first phase, one at a time, and the first progress record."""
         items = [EMBED, HEAD, *(stack_item(i) for i in sorted(self.setup.plan.start))]
         for item in items:
-            self._grow(item, "start")
+            self.recorder.grow(item, "start")
             self.weights.drop(item)
-        return self._commit(phase=0, step=0)
+        return self.recorder.commit(phase=0, step=0)
 
     def _summary(self) -> dict:
         summary = {
             "run": str(self.setup.run_dir),
             "plan": self.config.curriculum.plan,
-            "phases": [{k: v for k, v in r.items() if k not in ("versions", "formats")} for r in self.results],
-            "held_out_loss": self.results[-1]["held_out_loss"],
-            "bits_per_byte": self.results[-1]["bits_per_byte"],
-            "tokens": sum(r["tokens"] for r in self.results),
-            "flops": sum(r["flops"] for r in self.results),
-            "seconds": sum(r["seconds"] for r in self.results),
+            "phases": [{k: v for k, v in r.items() if k not in ("versions", "formats")} for r in self.recorder.results],
+            "held_out_loss": self.recorder.results[-1]["held_out_loss"],
+            "bits_per_byte": self.recorder.results[-1]["bits_per_byte"],
+            "tokens": sum(r["tokens"] for r in self.recorder.results),
+            "flops": sum(r["flops"] for r in self.recorder.results),
+            "seconds": sum(r["seconds"] for r in self.recorder.results),
         }
         if self.first:
             text = json.dumps(summary, indent=2) + "\n"
@@ -164,7 +157,10 @@ class Run:
         work, state = self._set_up(index, start)
         phase = work.phase
         if progress and start:
-            state = self._restore(state, progress, work)
+            work.seconds, work.skipped = progress.extra["seconds"], progress.extra["skipped"]
+            work.history = list(progress.extra["history"])
+            opt = self.recorder.load_optimizer(progress, state.opt)
+            state = resume_state(self.placement, state, opt, progress.step, progress.bad_steps)
         constants = work.constants
         feed = iter(work.feed)
         first = next(feed)
@@ -227,7 +223,7 @@ class Run:
         learning = learning_items(phase)
         for item in [EMBED, HEAD, *(stack_item(i) for i in phase.path)]:
             if item not in self.weights.versions and item not in learning:
-                self._grow(item, phase.name)
+                self.recorder.grow(item, phase.name)
             self.weights.require(item, self.weights.master if item in learning else phase.frozen)
 
     # Called by the loop.
@@ -241,7 +237,7 @@ class Run:
                 self._evaluate_window(work, step, state)
             if stopping or (run.save_every and step % run.save_every == 0):
                 flush()
-                self._save_inside(work, step, state)
+                self._save(work, step, state)
         if stopping:
             raise Interrupted(
                 f"stopped at phase '{work.phase.name}', step {step}; the same command continues {self.setup.run_dir}"
@@ -260,8 +256,7 @@ class Run:
         finite = metrics.pop("finite") > 0
         work.skipped += not finite
         bad_steps = int(metrics.pop("bad_steps"))
-        done = self.global_step + 1
-        self.global_step = done
+        self.recorder.global_step = done = self.recorder.global_step + 1
         row: dict[str, Any] = {"phase": phase.name, "step": step, "global_step": done, **metrics}
         row |= {"lr": float(work.feed.rates[step]), "skipped": work.skipped}
         if step % run.log_every == 0 or step == phase.steps - 1 or not finite:
@@ -280,14 +275,28 @@ class Run:
         if bad_steps >= run.max_bad_steps:
             raise RunError(
                 f"phase '{phase.name}', step {step}: loss or gradient was not finite {bad_steps} steps in a row; lower "
-                "optimizer.lr or set optimizer.grad_clip, and start again in another run.dir (the last checkpoint is kept)"
+                "optimizer.lr or set optimizer.grad_clip, and start again in another run.dir (checkpoints stay)"
             )
 
     def _log(self, row: dict) -> None:
         """One line of metrics.jsonl: nothing in it depends on the clock, so a resumed run writes the same bytes."""
-        if self.first:
-            clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in row.items()}
-            self.log.append(clean)
+        self.recorder.log.append(row)
+
+    def _save(self, work: PhaseWork, step: int, state: TrainState) -> None:
+        learned = learned_trees(self.setup.rack, work.spec, work.window, state, work.frozen)
+        extra = {"seconds": work.seconds, "skipped": work.skipped, "history": work.history}
+        self.recorder.save_inside(learned, state, self._meta(work, step), extra)
+
+    def _meta(self, work: PhaseWork, step: int) -> dict:
+        """What is written beside an item's arrays."""
+        stride = -(-len(work.history) // HISTORY) or 1
+        return {
+            "phase": work.phase.name,
+            "phase_index": work.index,
+            "step": step,
+            "format": self.weights.master,
+            "loss_history": work.history[::stride],
+        }
 
     # Held-out loss.
 
@@ -311,7 +320,7 @@ class Run:
         row = {
             "phase": work.phase.name,
             "step": step,
-            "global_step": self.global_step,
+            "global_step": self.recorder.global_step,
             "depth": len(work.phase.path),
             "held_out_loss": loss["loss"],
             "bits_per_byte": loss["bits_per_byte"],
@@ -333,7 +342,7 @@ class Run:
             stacks.append((rack.stacks[i], weights.trees[stack_item(i)]))
         loss = self._held_out(work, stacks, weights.on_device(EMBED), weights.on_device(HEAD))
         self._report_held_out(work, phase.steps, loss)
-        self._save_items(work, learned, phase.steps)
+        self.recorder.save_learned(learned, self._meta(work, phase.steps))
         tokens = phase.steps * self.loader.batch_size * self.config.data.seq_len
         result = {
             "index": work.index,
@@ -344,7 +353,9 @@ class Run:
             "trainable_params": work.trainable,
             "frozen_params": work.not_trained,
             "tokens": tokens,
-            "flops": phase_flops_of(rack, phase, self.config.data, cached_batches=work.cached_batches, advanced_stacks=work.advanced_stacks),
+            "flops": phase_flops_of(
+                rack, phase, self.config.data, cached_batches=work.cached_batches, advanced_stacks=work.advanced_stacks
+            ),
             "seconds": work.seconds,
             "skipped_steps": work.skipped,
             "peak_device_bytes": peak_device_bytes() or work.step_bytes,
@@ -353,87 +364,10 @@ class Run:
             "versions": dict(weights.versions),
             "formats": dict(weights.formats),
         }
-        self.results.append(result)
+        self.recorder.results.append(result)
         last = work.index == len(self.phases) - 1
-        self._commit(phase=work.index + 1, step=0, finished=last)
+        self.recorder.commit(phase=work.index + 1, step=0, finished=last)
         self.reporter.phase_end(result)
-
-    # Saving.
-
-    def _grow(self, item: str, phase_name: str) -> None:
-        self.weights.grow(item)
-        meta = {"kind": item.split("/")[0], "phase": phase_name, "format": self.weights.master, "loss_history": []}
-        self.store.save_item(item, self.number + 1, self.weights.trees[item], meta)
-        self.weights.versions[item] = self.number + 1
-
-    def _save_items(self, work: PhaseWork, learned: dict[str, Tree], step: int) -> None:
-        stride = -(-len(work.history) // HISTORY) or 1
-        meta = {
-            "phase": work.phase.name,
-            "phase_index": work.index,
-            "step": step,
-            "format": self.weights.master,
-            "loss_history": work.history[::stride],
-        }
-        for item, tree in learned.items():
-            self.store.save_item(item, self.number + 1, tree, meta | {"kind": item.split("/")[0]})
-            self.weights.versions[item] = self.number + 1
-
-    def _save_inside(self, work: PhaseWork, step: int, state: TrainState) -> None:
-        """A checkpoint in the middle of a phase: what learns and its optimizer state."""
-        learned = learned_trees(self.setup.rack, work.spec, work.window, state, work.frozen)
-        self._save_items(work, learned, step)
-        leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}
-        meta = {"kind": OPTIMIZER, "phase": work.phase.name, "phase_index": work.index, "step": step}
-        if leaves:
-            self.store.save_item(OPTIMIZER, self.number + 1, leaves, meta)
-        extra = {"seconds": work.seconds, "skipped": work.skipped, "history": work.history}
-        bad_steps = int(jax.device_get(state.bad_steps))
-        self._commit(work.index, step, optimizer=bool(leaves), extra=extra, bad_steps=bad_steps)
-
-    def _commit(
-        self,
-        phase: int,
-        step: int,
-        *,
-        finished: bool = False,
-        optimizer: bool = False,
-        extra: dict | None = None,
-        bad_steps: int = 0,
-    ) -> Progress:
-        self.number += 1
-        versions = dict(self.weights.versions) | ({OPTIMIZER: self.number} if optimizer else {})
-        self.log.sync()
-        progress = Progress(
-            number=self.number,
-            phase=phase,
-            step=step,
-            global_step=self.global_step,
-            versions=versions,
-            formats=dict(self.weights.formats),
-            data={"fingerprint": self.setup.train.fingerprint},
-            metrics_bytes=self.log.tell() if self.first else 0,
-            results=self.results,
-            bad_steps=bad_steps,
-            finished=finished,
-            extra=extra or {},
-        )
-        self.store.commit(progress)
-        return progress
-
-    def _restore(self, state: TrainState, progress: Progress, work: PhaseWork) -> TrainState:
-        """The state as it was saved in the middle of this phase; the learning trees are already the saved ones."""
-        work.seconds, work.skipped = progress.extra["seconds"], progress.extra["skipped"]
-        work.history = list(progress.extra["history"])
-        leaves, structure = jax.tree.flatten(state.opt)
-        if leaves:
-            like = {
-                f"{i:04d}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for i, x in enumerate(leaves)
-            }
-            saved = self.store.load_item(OPTIMIZER, progress.versions[OPTIMIZER], like)
-            leaves = [saved[name] for name in like]
-        opt = jax.tree.unflatten(structure, leaves)
-        return load_state(self.weights, state, opt, progress.step, progress.bad_steps)
 
 
 def _chain(first: StepData, rest):
@@ -446,6 +380,3 @@ def _wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
-
-
-__all__ = ["HEAD", "Interrupted", "Run"]

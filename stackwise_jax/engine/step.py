@@ -1,8 +1,8 @@
 """The training step of a phase, as a pure function of (state, frozen trees, data).
 
-What learns is the argument that is differentiated; what does not is another argument. Optimizer state and gradients exist
-only for what learns. The step sees the window of a phase: the stacks from the first that learns to the head. What lies
-before it arrives as activations.
+What learns is the argument that is differentiated; what does not is another argument. Optimizer state and gradients
+exist only for what learns. The step sees the window of a phase: the stacks from the first that learns to the head.
+What lies before it arrives as activations.
 
 Legend: B batch, T sequence, D d_model, V vocabulary, M microbatches, k predicted positions per sequence.
 """
@@ -125,7 +125,7 @@ def window_loss(
 
 
 def _split(tree: Tree, n: int) -> Tree:
-    """(B, ...) -> (n, B/n, ...). Each part takes every n-th row, so that a batch axis split over devices stays split."""
+    """(B, ...) -> (n, B/n, ...). Each part takes every n-th row, so a batch axis split over devices stays split."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
@@ -163,8 +163,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of what learns.
 
-    A non-finite loss or gradient skips the update: parameters and optimizer state stay as they were, and the step counts
-    as bad.
+    A non-finite loss or gradient skips the update: parameters and optimizer state stay as they were, and the step
+    counts as bad.
 
     Args:
         frozen: {"embed"?, "stacks": one tree per group (for a learning group its fixed part), "head"?}.

@@ -1,7 +1,8 @@
 """The weights of a rack, item by item: grown, loaded, stored in the format and place that a phase wants.
 
-An item is what is saved and versioned alone: `embed`, `head` or `stacks/007`. The full-precision copy of what does not learn
-is not kept in memory: it is the item's last version in the store, and is read back when a later phase lets it learn.
+An item is what is saved and versioned alone: `embed`, `head` or `stacks/007`. The full-precision copy of what does
+not learn is not kept in memory: it is the item's last version in the store, and is read back when a later phase lets
+it learn.
 """
 
 from __future__ import annotations

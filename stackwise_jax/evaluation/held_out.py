@@ -30,8 +30,8 @@ def held_out_text(loaded: LoadedRun, path: str | Path | None = None) -> Dataset:
 def evaluate_run(loaded: LoadedRun, dataset: Dataset, *, limit: int = 0, draws: int = 1) -> dict[str, Any]:
     """Loss of a loaded run on a text, by the objective of the last phase that trained it.
 
-    For mask diffusion trained over a range the measure is still the bound on the likelihood (elbo), because that is what
-    can be compared; its corruption is drawn with fixed seeds.
+    For mask diffusion trained over a range the measure is still the bound on the likelihood (elbo), because that is
+    what can be compared; its corruption is drawn with fixed seeds.
 
     Args:
         limit: at most so many batches; 0: the whole text.

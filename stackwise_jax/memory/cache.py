@@ -222,6 +222,7 @@ class ActivationCache:
 
     def _settle(self, i: int, h_BTD: jax.Array) -> None:
         """Wait for a chunk to arrive in host memory and give it its place."""
+        assert self._spec is not None
         h_BTD.block_until_ready()
         fits = self.host_bytes + self.chunk_bytes <= self._host_budget
         if i in self._host or (i not in self._slots and fits):
@@ -229,25 +230,24 @@ class ActivationCache:
             return
         slot = self._slots.get(i, len(self._slots))
         parts = {shard.device: shard.data for shard in h_BTD.addressable_shards}
-        self._spill.write(slot * self.chunk_bytes, [np.asarray(parts[device]) for device in self._devices()])
+        self._spill.write(slot * self.chunk_bytes, [np.asarray(parts[device]) for device in self._devices(self._spec)])
         self._slots[i] = slot
 
     def _load(self, i: int) -> jax.Array:
         """Start the copy of a chunk to the device. Purely local, so that threads of several processes never meet."""
-        sharding = self._placement.batch
+        spec, sharding = self._spec, self._placement.batch
         if i in self._host:
             return _move(self._host[i], sharding)
-        if self._spec is None or i not in self._slots:
+        if spec is None or i not in self._slots:
             raise KeyError(f"batch {i} is not in the activation cache")
         raw = self._spill.read(self._slots[i] * self.chunk_bytes, self.chunk_bytes)
-        devices, shard_shape = self._devices(), sharding.shard_shape(self._spec.shape)
-        parts = raw.view(self._spec.dtype).reshape(len(devices), *shard_shape)
-        return assemble(self._spec.shape, sharding, zip(devices, parts, strict=True))
+        devices = self._devices(spec)
+        parts = raw.view(spec.dtype).reshape(len(devices), *sharding.shard_shape(spec.shape))
+        return assemble(spec.shape, sharding, zip(devices, parts, strict=True))
 
-    def _devices(self) -> list:
+    def _devices(self, spec: jax.ShapeDtypeStruct) -> list:
         """This process's devices in the order in which their parts follow each other in the spill file."""
-        assert self._spec is not None
-        return list(self._placement.batch.addressable_devices_indices_map(self._spec.shape))
+        return list(self._placement.batch.addressable_devices_indices_map(spec.shape))
 
 
 def _move(x: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:

@@ -61,13 +61,14 @@ def generate_causal(
     if max_tokens == 0:
         return prompt_S[:n_prompt]
     allowed_V = allowed_ids(vocab, rack.vocab_size, also=stop_ids)
-    arrays = (prompt_S[None], n_prompt, key, allowed_V)
-    new_N, n_new = _decode(rack, params, *arrays, max_tokens=max_tokens, filters=filters, stop_ids=stop_ids)
+    stops_V = np.isin(np.arange(rack.vocab_size), stop_ids)
+    arrays = (prompt_S[None], n_prompt, key, allowed_V, stops_V)
+    new_N, n_new = _decode(rack, params, *arrays, max_tokens=max_tokens, filters=filters)
     return np.concatenate([prompt_S[:n_prompt], np.asarray(new_N)[: int(n_new)]])
 
 
-@partial(jax.jit, static_argnames=("rack", "max_tokens", "filters", "stop_ids"))
-def _decode(rack, params, prompt_1S, n_prompt, key, allowed_V, *, max_tokens, filters, stop_ids):
+@partial(jax.jit, static_argnames=("rack", "max_tokens", "filters"))
+def _decode(rack, params, prompt_1S, n_prompt, key, allowed_V, stops_V, *, max_tokens, filters):
     """New ids (max_tokens,), and how many of them were made before a stop."""
 
     def unfinished(state):
@@ -78,8 +79,7 @@ def _decode(rack, params, prompt_1S, n_prompt, key, allowed_V, *, max_tokens, fi
         n, token, _, new_N, caches = state
         logits_11V, caches = functional.decode(rack, params, token[None, None], (n_prompt + n - 1)[None, None], caches)
         token = sample_ids(jax.random.fold_in(key, n), logits_11V[0, 0], allowed_V, filters)
-        stopped = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
-        return n + 1, token, stopped, new_N.at[n].set(token), caches
+        return n + 1, token, stops_V[token], new_N.at[n].set(token), caches
 
     # The prompt fills the caches; its last token runs again as the first step, so that logits are needed of single
     # tokens only. What the padding behind the prompt leaves in the caches lies at later positions, which causal

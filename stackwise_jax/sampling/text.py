@@ -12,9 +12,8 @@ import numpy as np
 from stackwise_jax.config.schema import ObjectiveKind
 from stackwise_jax.curriculum.phase import AttentionMode
 from stackwise_jax.data import Tokenizer
-from stackwise_jax.errors import UsageError
+from stackwise_jax.engine import vocab_of
 from stackwise_jax.model import Rack
-from stackwise_jax.objectives.batch import Vocab
 from stackwise_jax.sampling.causal import generate_causal
 from stackwise_jax.sampling.unmask import Order, generate_unmask
 
@@ -56,18 +55,21 @@ def sample(
         objective_kind: what the model was trained on.
         attention_mode: as it was trained (mlm and diffusion); None: each block's own.
         max_tokens: new tokens (clm: at most).
-        seed: 0..2**32-1; the same seed gives the same text.
+        seed: the same seed gives the same text; taken modulo 2**32.
         temperature, top_k, top_p: see `Filters`.
         steps, order: see `generate_unmask`; without effect for clm.
 
     Raises:
         UsageError: an argument out of its range.
     """
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed is {seed}; write a number from 0 to 2**32 - 1")
-    vocab = Vocab(tokenizer.vocab_size, tokenizer.mask_id, tokenizer.pad_id, tokenizer.n_special)
     prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
-    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "vocab": vocab, "key": jax.random.key(seed)}
+    how = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "vocab": vocab_of(tokenizer),
+        "key": jax.random.key(seed),
+    }
     if objective_kind == "clm":
         stop_ids = (tokenizer.eos_id, tokenizer.bos_id)
         ids = generate_causal(rack, params, prompt_ids, max_tokens=max_tokens, stop_ids=stop_ids, **how)

@@ -1,0 +1,108 @@
+"""What a run writes down: items, progress records and the metrics file, so that a kill at any moment loses nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stackwise_jax.checkpoint import MetricsLog, Progress, Store
+from stackwise_jax.engine import directory
+from stackwise_jax.engine.step import TrainState
+from stackwise_jax.engine.weights import Weights
+
+Tree = Any
+OPTIMIZER = "optimizer"
+
+
+class Recorder:
+    """The saved side of a run: what has been committed, and how to commit more.
+
+    number, global_step, results: of the state that the next record will describe.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, fingerprint: str):
+        self.store = Store(run_dir / directory.CHECKPOINTS, keep=keep)
+        self.log = MetricsLog(run_dir / directory.METRICS)
+        self.weights: Weights  # set by the run once the store can be read
+        self.number = self.global_step = 0
+        self.results: list[dict] = []
+        self._fingerprint = fingerprint
+
+    def go_on_from(self, progress: Progress) -> None:
+        """Take up a committed state: counters, results, versions, and the metrics file as it was then."""
+        self.number, self.global_step = progress.number, progress.global_step
+        self.results = list(progress.results)
+        self.weights.versions = {name: v for name, v in progress.versions.items() if name != OPTIMIZER}
+        self.log.truncate(progress.metrics_bytes)
+
+    def grow(self, item: str, phase_name: str) -> None:
+        """Initialise an item and save it at once: its full-precision copy is never only in memory."""
+        self.weights.grow(item)
+        meta = {"phase": phase_name, "format": self.weights.master, "loss_history": []}
+        self.save_learned({item: self.weights.trees[item]}, meta)
+
+    def save_learned(self, trees: dict[str, Tree], meta: dict) -> None:
+        """Save new versions of items; they count once `commit` has named them."""
+        for item, tree in trees.items():
+            self.store.save_item(item, self.number + 1, tree, meta | {"kind": item.split("/")[0]})
+            self.weights.versions[item] = self.number + 1
+
+    def save_inside(self, learned: dict[str, Tree], state: TrainState, meta: dict, extra: dict) -> None:
+        """A checkpoint in the middle of a phase: what learns, its optimizer state, and where the loop stands."""
+        self.save_learned(learned, meta)
+        leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}
+        if leaves:
+            self.store.save_item(OPTIMIZER, self.number + 1, leaves, meta | {"kind": OPTIMIZER})
+        self.commit(
+            meta["phase_index"],
+            meta["step"],
+            optimizer=bool(leaves),
+            extra=extra,
+            bad_steps=int(jax.device_get(state.bad_steps)),
+        )
+
+    def commit(
+        self,
+        phase: int,
+        step: int,
+        *,
+        finished: bool = False,
+        optimizer: bool = False,
+        extra: dict | None = None,
+        bad_steps: int = 0,
+    ) -> Progress:
+        """Make everything saved so far the newest state."""
+        self.number += 1
+        self.log.sync()
+        progress = Progress(
+            number=self.number,
+            phase=phase,
+            step=step,
+            global_step=self.global_step,
+            versions=self.weights.versions | ({OPTIMIZER: self.number} if optimizer else {}),
+            formats=dict(self.weights.formats),
+            data={"fingerprint": self._fingerprint},
+            metrics_bytes=self.log.tell(),
+            results=self.results,
+            bad_steps=bad_steps,
+            finished=finished,
+            extra=extra or {},
+        )
+        self.store.commit(progress)
+        return progress
+
+    def load_optimizer(self, progress: Progress, opt: Tree) -> Tree:
+        """The optimizer state that `progress` names, with the structure and shardings of `opt`."""
+        leaves, structure = jax.tree.flatten(opt)
+        if not leaves:
+            return opt
+        like = {f"{i:04d}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for i, x in enumerate(leaves)}
+        saved = self.store.load_item(OPTIMIZER, progress.versions[OPTIMIZER], like)
+        return jax.tree.unflatten(structure, [saved[name] for name in like])
+
+    def close(self) -> None:
+        """Close the metrics file and let another process write here."""
+        self.log.close()
+        self.store.close()
