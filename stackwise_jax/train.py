@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stackwise_jax.config import ConfigArgumentParser, StackWiseConfig, load_config, resolved_yaml, run_directory
+from stackwise_jax.config import (
+    ConfigArgumentParser,
+    StackWiseConfig,
+    load_config,
+    resolved_yaml,
+    run_directory,
+    validate,
+)
 from stackwise_jax.reporting import ConsoleReporter, Reporters, TensorBoardReporter, add_common, print_plan, run_command
 
 
@@ -52,6 +59,7 @@ def stop_on_signal():
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Run the command; returns the answer for --json: the summary, or the phases of a dry run."""
     config = load_config(args.config, args.overrides)
+    validate(config)
     if args.print_config:
         print(resolved_yaml(config), end="")
         return config.to_dict()

@@ -98,17 +98,16 @@ def test_rows_that_see_nothing_give_zero_and_no_nan(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_decoding_with_a_cache_equals_the_full_pass(implementation):
     q_BTHd, k_BSKd, v_BSKd = qkv()
+    attend = jax.jit(partial(attention, causal=True, implementation=implementation))
     full = attention(q_BTHd, k_BSKd, v_BSKd, causal=True)
     unwritten = np.full((B, 6, K, D_HEAD), 1e6, np.float32)
     for start, stop in ((0, 4), (4, 5), (5, 12)):
         cached = [jnp.concatenate([x[:, :stop], unwritten[:, : 18 - stop]], 1) for x in (k_BSKd, v_BSKd)]
         positions = jnp.broadcast_to(jnp.arange(start, stop), (B, stop - start))
-        got = attention(
-            q_BTHd[:, start:stop], *cached, causal=True, q_positions_BT=positions, implementation=implementation
-        )
+        got = attend(q_BTHd[:, start:stop], *cached, q_positions_BT=positions)
         np.testing.assert_allclose(got, full[:, start:stop], atol=2e-6)
         shifted = {"q_positions_BT": positions + 7, "kv_positions_BS": jnp.arange(cached[0].shape[1])[None] + 7}
-        got = attention(q_BTHd[:, start:stop], *cached, causal=True, implementation=implementation, **shifted)
+        got = attend(q_BTHd[:, start:stop], *cached, **shifted)
         np.testing.assert_allclose(got, full[:, start:stop], atol=2e-6)
 
 

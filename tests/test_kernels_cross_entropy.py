@@ -198,7 +198,7 @@ def test_gather_targets_keeps_what_is_predicted():
         return linear_cross_entropy(x_BkD, kernel_DV, targets_Bk, weights_Bk)[0]
 
     whole, grad = value_and_grad(x_BTD, T)
-    for kept in (k, k + 1, T + 5):
+    for kept in (k, T + 5):
         total, dx_BTD = value_and_grad(x_BTD, kept)
         np.testing.assert_allclose(total, whole, rtol=1e-6)
         np.testing.assert_allclose(dx_BTD, grad, atol=1e-6)

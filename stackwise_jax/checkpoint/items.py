@@ -122,14 +122,13 @@ def _make_empty(directory: Path) -> None:
 def _complete(temporary: Path, path: Path, body: dict) -> None:
     """Write meta.json, force everything to the disk, and give the directory its name."""
     with writing(path):
-        entries = list(temporary.rglob("*"))
-        for entry in entries:
-            sync(entry)
-        files = [entry for entry in entries if entry.is_file()]
+        files = [entry for entry in temporary.rglob("*") if entry.is_file()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             names = [file.relative_to(temporary).as_posix() for file in files]
             digests = dict(zip(names, pool.map(_file_digest, files), strict=True))
         write_json(temporary / META, body | {"files": digests})
+        for entry in temporary.rglob("*"):
+            sync(entry)
         os.rename(temporary, path)
         sync(path.parent)
 

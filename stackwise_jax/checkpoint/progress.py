@@ -30,12 +30,6 @@ class Progress:
     extra: dict = field(default_factory=dict)
 
     @property
-    def needs(self) -> set[tuple[str, int]]:
-        """(item name, version) of everything that this state, or the state at the end of one of its phases, consists of."""
-        states = [self.versions, *(result.get("versions", {}) for result in self.results)]
-        return {item for versions in states for item in versions.items()}
-
-    @property
     def needed(self) -> set[tuple[str, int]]:
         """The (item name, version) pairs that must stay: this state's, and those that ended phases name in `versions`,
         so that the rack can still be loaded as it was at the end of each phase."""

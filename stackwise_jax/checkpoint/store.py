@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise_jax.checkpoint import items
-from stackwise_jax.checkpoint.files import by_first_process, remove_tree, sync, writing
+from stackwise_jax.checkpoint.files import by_first_process, remove_tree, writing
 from stackwise_jax.checkpoint.progress import Progress, read_progress, write_progress
 from stackwise_jax.errors import RunError, UsageError
 
@@ -69,7 +69,7 @@ class Store:
                 holds something else. Everything saved before stays.
         """
         path = self.path(name, version)
-        if any(record.versions.get(name) == version for record in self._valid()):
+        if any((name, version) in record.needed for record in self._valid()):
             if items.holds_same(path, tree, meta):
                 return
             raise RunError(f"{path} is committed and holds something else; save it as another version")
@@ -173,7 +173,7 @@ class Store:
     def _commit(self, progress: Progress) -> None:
         self._open()
         record = self._record(progress.number)
-        for name, version in progress.versions.items():
+        for name, version in sorted(progress.needed):
             if not (self.path(name, version) / items.META).exists():
                 raise RunError(f"{self.path(name, version)} is missing, so {record} cannot be committed")
         older = self._valid()
@@ -187,7 +187,6 @@ class Store:
         """Records first: a kill between the two steps leaves items without a record, never the reverse."""
         for number in set(self.records()) - {record.number for record in kept}:
             self._record(number).unlink()
-        sync(self.directory / PROGRESS)
         needed = {self.path(name, version) for record in kept for name, version in record.needed}
         for path in set(self._directories(_VERSION)) - needed:
             remove_tree(path)
@@ -222,7 +221,7 @@ class Store:
             return read(self.path(name, version), *args)
         except RunError as error:
             records = self._valid()
-            needing = [record.number for record in records if record.versions.get(name) == version]
+            needing = [record.number for record in records if (name, version) in record.needed]
             others = [record.number for record in records if record.number not in needing]
             remedy = "restore it from a copy"
             if needing and others and max(others) < min(needing):

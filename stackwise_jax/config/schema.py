@@ -27,7 +27,7 @@ class RunConfig:
 
     dir: str | None = None  # the run directory; None: runs/<name>
     name: str | None = None  # None: the stem of the config file
-    seed: int = 0
+    seed: int = 0  # of all that is random: weights, order of batches, corruption, dropout
     resume: Literal["auto", "never"] = "auto"  # auto: the same command again continues; never: refuse an existing run
     save_every: int = 200  # steps between checkpoints inside a phase; 0: only when a phase ends
     keep: int = 2  # progress records kept; the stacks that they need are never removed
@@ -35,16 +35,16 @@ class RunConfig:
     eval_batches: int = 32  # held-out batches per evaluation; 0: all of them
     log_every: int = 10  # steps between lines of metrics.jsonl
     max_bad_steps: int = 10  # this many non-finite steps in a row stop the run
-    tensorboard: bool = True
+    tensorboard: bool = True  # also write TensorBoard files
     sample_tokens: int = 128  # length of the text sample at the end, in tokens; 0: none
-    sample_prompt: str = "The "
+    sample_prompt: str = "The "  # how the text sample begins
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What text is read and how it is cut."""
 
-    source: Literal["python-docs", "text", "jsonl", "synthetic"] = "python-docs"
+    source: Literal["python-docs", "text", "jsonl", "synthetic"] = "python-docs"  # text and jsonl need path
     path: str | None = None  # text: a file or a folder of *.txt; jsonl: a file or a folder of *.jsonl
     valid_path: str | None = None  # held-out text; None: valid_fraction of the documents
     valid_fraction: float = 0.05  # share of the documents held out when there is no valid_path
@@ -52,7 +52,7 @@ class DataConfig:
     seq_len: int = 256  # tokens
     batch_size: int = 16  # sequences per step, over all devices
     packing: Literal["pack", "chunk"] = "pack"  # pack: whole documents with segment ids; chunk: a plain stream
-    shuffle: bool = True
+    shuffle: bool = True  # examples once by run.seed, the order of the batches anew each epoch
     synthetic_tokens: int = 1_000_000  # synthetic: length of the training text, in symbols
 
 
@@ -60,7 +60,7 @@ class DataConfig:
 class TokenizerConfig:
     """How text becomes tokens."""
 
-    kind: Literal["bytes", "sentencepiece", "file"] = "bytes"
+    kind: Literal["bytes", "sentencepiece", "file"] = "bytes"  # sentencepiece: trained on the text
     vocab_size: int = 4096  # sentencepiece: pieces to train (fewer where the text does not hold as many)
     path: str | None = None  # file: a SentencePiece .model
 
@@ -69,31 +69,31 @@ class TokenizerConfig:
 class ArchitectureConfig:
     """The depth of the rack: n_stacks * blocks_per_stack blocks."""
 
-    n_stacks: int = 4
-    blocks_per_stack: int = 2
+    n_stacks: int = 4  # each stack is trained, placed and saved on its own
+    blocks_per_stack: int = 2  # a block: attention and feed-forward
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The rack: its shape, attention and precision."""
 
-    d_model: int = 128
-    n_heads: int = 4
+    d_model: int = 128  # width of the residual stream
+    n_heads: int = 4  # query heads; divides d_model
     n_kv_heads: int | None = None  # None: what the preset says
-    d_ff: int = 384
+    d_ff: int = 384  # width inside the feed-forward part
     vocab_size: int | None = None  # None: the tokenizer's, padded to a multiple of vocab_multiple
-    vocab_multiple: int = 128
-    attention_preset: Literal["bert_style", "gpt_style", "efficient_gqa", "custom"] = "gpt_style"
+    vocab_multiple: int = 128  # the vocabulary is padded to a multiple of it
+    attention_preset: Literal["bert_style", "gpt_style", "efficient_gqa", "custom"] = "gpt_style"  # mode, kv heads
     attention_mode: Literal["bidirectional", "causal"] | None = None  # None: what the preset says
-    use_rope: bool = True
-    rope_theta: float = 10_000.0
-    dropout: float = 0.0
+    use_rope: bool = True  # rotary positions
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    dropout: float = 0.0  # share of the activations that is dropped in training; 0: off
     freeze_up_proj: bool = True  # the SwiGLU up-projection is fixed random: seeded, not trained, not in the optimizer
-    tie_embeddings: bool = False
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
+    tie_embeddings: bool = False  # the head's kernel is the embedding
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    init_std: float = 0.02  # standard deviation of the initial embedding and head
     param_dtype: Dtype = "fp32"  # of what learns
-    compute_dtype: Dtype = "fp32"
+    compute_dtype: Dtype = "fp32"  # of activations and matrix products; norms and softmax are fp32
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
 
@@ -102,7 +102,7 @@ class ModelConfig:
 class ObjectiveConfig:
     """What is predicted from what."""
 
-    kind: ObjectiveKind = "clm"
+    kind: ObjectiveKind = "clm"  # clm: the next token; mlm, diffusion: hidden tokens
     mask_fraction: float = 0.15  # mlm: share of the tokens that are chosen
     noise: NoiseKind = "range"  # diffusion: ratio from a range, or t ~ U(0,1) weighted to bound the likelihood
     min_fraction: float = 0.15  # diffusion, range
@@ -118,20 +118,20 @@ class PhaseConfig:
 
     path: list[int] = field(default_factory=list)  # stack ids, input to head; empty: all
     train: list[int] = field(default_factory=list)  # stack ids that learn
-    train_embed: bool = False
-    train_head: bool = True
-    name: str | None = None
-    steps: int | None = None
-    lr: float | None = None
-    frozen: Dtype | None = None
-    objective: ObjectiveConfig | None = None
+    train_embed: bool = False  # the embedding learns
+    train_head: bool = True  # final norm and head learn
+    name: str | None = None  # None: phase <number>
+    steps: int | None = None  # None: curriculum.steps
+    lr: float | None = None  # None: optimizer.lr
+    frozen: Dtype | None = None  # None: curriculum.frozen
+    objective: ObjectiveConfig | None = None  # keys left out keep their defaults
 
 
 @dataclass(frozen=True)
 class CurriculumConfig:
     """Which list of phases is run."""
 
-    plan: PlanName = "stackwise"
+    plan: PlanName = "stackwise"  # custom: the list in phases
     steps: int = 200  # per phase
     block_size: int = 2  # blockwise: blocks per stack after regrouping
     frozen: Dtype = "fp32"  # how weights that do not learn are stored
@@ -142,16 +142,16 @@ class CurriculumConfig:
 class OptimizerConfig:
     """How what learns is updated. The schedule runs anew in each phase."""
 
-    name: OptimizerName = "adamw"
-    lr: float = 1e-3
-    schedule: LrSchedule = "wsd"
+    name: OptimizerName = "adamw"  # muon: on matrices, adamw elsewhere
+    lr: float = 1e-3  # the highest of the phase
+    schedule: LrSchedule = "wsd"  # wsd: warm-up, stable, decay
     warmup: float = 0.05  # share of the phase
     decay: float = 0.3  # wsd: share of the phase, at its end
     final_lr: float = 0.0  # where the schedule ends, as a share of lr
     weight_decay: float = 0.1  # on matrices only: not on embeddings, norms or the head's norm
     b1: float = 0.9  # sgd and muon: the momentum
-    b2: float = 0.95
-    eps: float = 1e-8
+    b2: float = 0.95  # adamw: of the squared gradients; lion: of the momentum
+    eps: float = 1e-8  # adamw: added to the root of the squares
     grad_clip: float = 1.0  # global norm; 0: off
     microbatches: int = 1  # the batch is cut in so many parts inside the step; gradients are those of the full batch
 
@@ -160,7 +160,7 @@ class OptimizerConfig:
 class CacheConfig:
     """Where the activations of the frozen prefix live."""
 
-    kind: Literal["auto", "host", "disk", "recompute"] = "auto"
+    kind: Literal["auto", "host", "disk", "recompute"] = "auto"  # auto: unless revisited too often
     host_budget: str = "4GiB"  # per process; beyond it chunks go to the spill file
     disk_budget: str = "64GiB"  # of the spill file, per process
     dir: str | None = None  # of the spill file; None: the run directory
@@ -174,8 +174,8 @@ class MeshConfig:
     data: int = -1  # -1: all devices that fsdp leaves
     fsdp: int = 1  # devices that share each weight
     coordinator: str | None = None  # host:port of process 0 when there are several processes
-    num_processes: int = 1
-    process_id: int = 0
+    num_processes: int = 1  # that share the mesh
+    process_id: int = 0  # of this process, from 0
 
 
 @dataclass(frozen=True)
