@@ -18,20 +18,28 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m stackwise_jax.generate",
         description="Continue a text with the model of a run: left to right with a key/value cache (objective clm), or "
         "by unmasking a block behind the prompt (mlm, diffusion).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help="a run directory")
-    parser.add_argument("--prompt", default="", help="text to start from; may be empty")
-    parser.add_argument("--max_tokens", type=int, default=128, help="new tokens (clm: at most)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest tokens; 0: all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest tokens of this joint probability")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
-    parser.add_argument("--steps", type=int, help="mlm, diffusion: forward passes; not given: one per token")
+    parser.add_argument("--prompt", default="", help="text to start from (default: empty)")
+    parser.add_argument(
+        "--max_tokens", type=int, default=128, help="new tokens, for clm at most (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="only the k likeliest tokens; 0: all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="only the likeliest tokens that reach this probability together; 1: all (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="mlm, diffusion: forward passes (default: one per token)")
     parser.add_argument(
         "--order", choices=("confidence", "random"), help="mlm, diffusion: which tokens are unmasked first"
     )
-    parser.add_argument("--depth", type=int, help="use the first K stacks only; not given: all that were trained")
+    parser.add_argument("--depth", type=int, help="use the first DEPTH stacks only (default: all that were trained)")
     add_common(parser)
     return parser
 
@@ -53,8 +61,8 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     causal = loaded.objective_kind == "clm"
     if causal and (args.steps is not None or args.order is not None):
         raise UsageError(
-            "--steps and --order are for runs that learned to fill masks (objective.kind mlm or diffusion); "
-            f"{args.run} was trained with clm, so leave them out"
+            "--steps and --order are for runs that learned to fill masks (objective.kind mlm or diffusion); the run "
+            f"{args.run} was trained left to right (clm), so leave them out"
         )
     start = time.perf_counter()
     result = sample(

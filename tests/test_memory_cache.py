@@ -229,10 +229,11 @@ def test_chunks_on_the_device_are_bounded(make_cache, placement, n_host, depth):
 
     cache.fill("a", range(8), make)
     assert on_device() == 0
-    for _h in cache.read("a", range(8)):
+    for h in cache.read("a", range(8)):
         time.sleep(0.02)  # the reader gets as far ahead as it may
-        assert on_device() <= depth + 1
-    del _h
+        assert h.shape == shape and on_device() <= depth + 1
+        del h
+        assert on_device() <= depth
     cache.advance("b", make)
     assert on_device() == 0
 
@@ -260,6 +261,17 @@ def test_full_disk(make_cache, placement, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: len(data) // 2 or None], at))
     cache.fill("a", range(N), produce(placement))
     assert [raw(h) for h in cache.read("a", range(N))] == [chunk(i).tobytes() for i in range(N)]
+
+
+def test_a_cleared_spill_file_takes_no_space(tmp_path):
+    spill = SpillFile(tmp_path)
+    spill.reserve(8)
+    spill.write(0, [np.arange(2, dtype=np.float32)])
+    assert spill.read(4, 4).view(np.float32) == 1
+    spill.clear()
+    with pytest.raises(RunError, match=r"cache\.dir.*ends early"):
+        spill.read(0, 8)
+    spill.close()
 
 
 def test_disk_with_too_little_space_is_refused_at_once(make_cache, placement, monkeypatch):

@@ -26,11 +26,11 @@ def norm(x_BTD, scale):
 
 
 def block(dims, p, x_BTD):
-    h_BTD, n = norm(x_BTD, p["norm1"]), dims.n_heads // dims.n_kv_heads
-    q_BTKnh = (h_BTD @ p["q"]).reshape(B, T, dims.n_kv_heads, n, -1)
-    k_BSKh, v_BSKh = ((h_BTD @ p[name]).reshape(B, T, dims.n_kv_heads, -1) for name in "kv")
+    h_BTD, n, shape = norm(x_BTD, p["norm1"]), dims.n_heads // dims.n_kv_heads, x_BTD.shape
+    q_BTKnh = (h_BTD @ p["q"]).reshape(*shape[:2], dims.n_kv_heads, n, -1)
+    k_BSKh, v_BSKh = ((h_BTD @ p[name]).reshape(*shape[:2], dims.n_kv_heads, -1) for name in "kv")
     weights = jax.nn.softmax(jnp.einsum("BTKnh,BSKh->BKnTS", q_BTKnh, k_BSKh))
-    x_BTD = x_BTD + jnp.einsum("BKnTS,BSKh->BTKnh", weights, v_BSKh).reshape(B, T, D) @ p["o"]
+    x_BTD = x_BTD + jnp.einsum("BKnTS,BSKh->BTKnh", weights, v_BSKh).reshape(shape) @ p["o"]
     h_BTD = norm(x_BTD, p["norm2"])
     return x_BTD + (jax.nn.silu(h_BTD @ p["gate"]) * (h_BTD @ p["up"])) @ p["down"]
 
@@ -40,9 +40,9 @@ def counted(lowered_or_compiled):
     return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
 
 
-def step(path, *, train_embed=False, train_head=False, tied=False, remat=False, predicted=T):
+def step(path, *, train_embed=False, train_head=False, tied=False, remat=False, predicted=None, seq_len=T):
     """Loss and gradients of one step as the engine takes it, and its learning and fixed trees."""
-    learning, fixed = {}, {"tokens": jnp.zeros((B, T), jnp.int32)}
+    learning, fixed = {}, {"tokens": jnp.zeros((B, seq_len), jnp.int32)}
     for i, stack in enumerate(path):
         for j, dims in enumerate(stack.blocks):
             p = block_params(dims)
@@ -77,6 +77,7 @@ PHASES = {
     "head alone": ((FROZEN,), dict(train_head=True)),
     "remat": ((LEARNS,), dict(train_embed=True, train_head=True, remat=True)),
     "remat through a frozen suffix": ((LEARNS, FROZEN), dict(remat=True)),
+    "long sequences": ((LEARNS, FROZEN), dict(seq_len=384)),
     "few predictions": ((LEARNS,), dict(train_head=True, predicted=10)),
 }
 
@@ -90,7 +91,7 @@ def test_phase_flops_against_xla(name):
         path,
         steps=1,
         batch_size=B,
-        seq_len=T,
+        seq_len=options.get("seq_len", T),
         d_model=D,
         vocab_size=V,
         predicted=options.get("predicted"),

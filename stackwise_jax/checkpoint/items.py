@@ -123,12 +123,11 @@ def _complete(temporary: Path, path: Path, body: dict) -> None:
     """Write meta.json, force everything to the disk, and give the directory its name."""
     with writing(path):
         files = [entry for entry in temporary.rglob("*") if entry.is_file()]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            names = [file.relative_to(temporary).as_posix() for file in files]
+        names = [file.relative_to(temporary).as_posix() for file in files]
+        with ThreadPoolExecutor(32) as pool:  # side by side, the waits for the disk become one
             digests = dict(zip(names, pool.map(_file_digest, files), strict=True))
-        write_json(temporary / META, body | {"files": digests})
-        for entry in temporary.rglob("*"):
-            sync(entry)
+            write_json(temporary / META, body | {"files": digests})
+            list(pool.map(sync, temporary.rglob("*")))
         os.rename(temporary, path)
         sync(path.parent)
 

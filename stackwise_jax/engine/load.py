@@ -101,7 +101,11 @@ def load_rack(run_dir: str | Path, depth: int | None = None, rack: Rack | None =
     placement = Placement(make_mesh(config.mesh))
     weights = Weights(rack, placement, store, jax.random.key(config.run.seed))
     weights.versions = versions
-    load = lambda item: weights.require(item, formats.get(item, weights.master))  # noqa: E731
+
+    def load(item: str) -> Any:
+        weights.ensure(item, formats.get(item, weights.master))
+        return weights.trees[item]
+
     params = {
         "embed": load(EMBED),
         "head": load(HEAD),

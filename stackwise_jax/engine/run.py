@@ -95,6 +95,7 @@ class Run:
         progress = self._open()
         if progress.finished:
             self.reporter.note(f"{self.setup.run_dir} is finished; there is nothing left to do")
+            self.recorder.close()
             return self._summary()
         try:
             for index in range(progress.phase, len(self.phases)):
@@ -184,7 +185,7 @@ class Run:
         choice = self.cache.choose(phase, self.loader, task)
         corruption = "fixed" if choice.use or phase.corruption == "fixed" else "fresh"
         phase = dataclasses.replace(phase, corruption=corruption)
-        self._place(phase)
+        self._place(phase, cached=choice.use)
         constants = constants_of(self.placement, phase.seed, index, self.setup.tokenizer.token_bytes)
         prefix = Prefix(weights, phase, task, self.placement, constants["corruption_key"])
         reason, advanced = choice.reason, None
@@ -192,8 +193,6 @@ class Run:
             data = f"{self.setup.train.fingerprint}/{self.config.run.seed}/{self.loader.batch_size}"
             advanced = self.cache.prepare(prefix, weights, phase, self.loader, choice.kind, data)
             reason += "; filled" if advanced is None else f"; advanced through {advanced} more stack(s)"
-            for item in prefix.items:
-                weights.to_host(item)
         else:
             self.cache.close()
         window = Window(rack, phase)
@@ -218,13 +217,17 @@ class Run:
         self.reporter.phase_start(index, len(self.phases), phase, info)
         return work, state
 
-    def _place(self, phase: Phase) -> None:
-        """Bring every item of the path into its format for this phase; grow those that do not exist."""
+    def _place(self, phase: Phase, *, cached: bool) -> None:
+        """Bring every item of the path into its format for this phase; grow those that do not exist.
+
+        A prefix whose output is cached waits in host memory: it is needed to fill the cache and to evaluate only.
+        """
         learning = learning_items(phase)
         for item in [EMBED, HEAD, *(stack_item(i) for i in phase.path)]:
             if item not in self.weights.versions and item not in learning:
                 self.recorder.grow(item, phase.name)
-            self.weights.require(item, self.weights.master if item in learning else phase.frozen)
+            waits = cached and item in {stack_item(i) for i in phase.prefix}
+            self.weights.ensure(item, self.weights.master if item in learning else phase.frozen, on_host=waits)
 
     # Called by the loop.
 
@@ -338,7 +341,7 @@ class Run:
         work.frozen = None
         stacks = []
         for i in phase.path:
-            weights.require(stack_item(i), weights.formats[stack_item(i)])
+            weights.ensure(stack_item(i), weights.formats[stack_item(i)])
             stacks.append((rack.stacks[i], weights.trees[stack_item(i)]))
         loss = self._held_out(work, stacks, weights.on_device(EMBED), weights.on_device(HEAD))
         self._report_held_out(work, phase.steps, loss)

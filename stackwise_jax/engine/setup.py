@@ -70,7 +70,13 @@ def start_devices(config: StackWiseConfig) -> Placement:
             raise UsageError("mesh.coordinator is missing; write host:port of process 0, the same for all processes")
         jax.distributed.initialize(mesh_cfg.coordinator, mesh_cfg.num_processes, mesh_cfg.process_id)
     placement = Placement(make_mesh(mesh_cfg))
-    placement.check_batch(config.data.batch_size // config.optimizer.microbatches)
+    placement.check_batch(config.data.batch_size)
+    part = config.data.batch_size // config.optimizer.microbatches
+    if part % placement.mesh.size:
+        raise UsageError(
+            f"optimizer.microbatches {config.optimizer.microbatches} leaves {part} sequences a part, which cannot be "
+            f"split evenly over {placement.mesh.size} devices; write fewer microbatches or a larger data.batch_size"
+        )
     return placement
 
 

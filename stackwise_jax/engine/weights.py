@@ -19,6 +19,7 @@ from stackwise_jax.curriculum.phase import Phase
 from stackwise_jax.engine.programs import bare
 from stackwise_jax.errors import RunError
 from stackwise_jax.memory import Placement, tree_hash
+from stackwise_jax.memory.placement import HOST_MEMORY
 from stackwise_jax.model import (
     Rack,
     Stack,
@@ -49,6 +50,11 @@ def learning_items(phase: Phase) -> list[str]:
     return [stack_item(i) for i in sorted(phase.train)] + ends
 
 
+def _host(shardings: Tree) -> Tree:
+    """The same shardings in pinned host memory."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST_MEMORY), shardings)
+
+
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def _cast(tree: Tree, dtype) -> Tree:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
@@ -70,10 +76,11 @@ class Weights:
         """The format of what learns."""
         return self.rack.param_dtype
 
-    def shapes(self, item: str, fmt: str) -> Tree:
+    def shapes(self, item: str, fmt: str, *, on_host: bool = False) -> Tree:
         """ShapeDtypeStructs with sharding of an item stored in a format, without allocating it."""
         shapes = jax.eval_shape(functools.partial(self._make, item), self._root_key)
         shardings = self.placement.params(shapes)
+        shardings = _host(shardings) if on_host else shardings
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype_of(fmt), sharding=s), shapes, shardings)
 
     def _make(self, item: str, key: jax.Array) -> Tree:
@@ -105,29 +112,29 @@ class Weights:
         self.trees.pop(item, None)
         self._hashes.pop(item, None)
 
-    def require(self, item: str, fmt: str) -> Tree:
-        """The item on the device in a format: as it is in memory, cast, read back from the store, or grown."""
+    def ensure(self, item: str, fmt: str, *, on_host: bool = False) -> None:
+        """Have the item in memory in a format: as it is, cast, read back from the store, or grown.
+
+        on_host: it rests in host memory, where it takes no room on the device.
+        """
         if item not in self.trees and item not in self.versions:
             self.grow(item)
         if item not in self.trees or self.formats[item] != fmt:
             if item in self.trees and self.formats[item] == self.master:
-                self.set(item, _cast(self.trees[item], dtype_of(fmt)), fmt)
+                self.set(item, _cast(self.on_device(item), dtype_of(fmt)), fmt)
             elif item in self.versions and self._store is not None:
-                self.set(item, self._store.load_item(item, self.versions[item], self.shapes(item, fmt)), fmt)
+                like = self.shapes(item, fmt, on_host=on_host)
+                self.set(item, self._store.load_item(item, self.versions[item], like), fmt)
             else:
                 raise RunError(f"the full-precision copy of {item} is in no checkpoint; it cannot be used as {fmt}")
-        return self.on_device(item)
+        if on_host:
+            tree = self.trees[item]
+            self.trees[item] = self.placement.put(tree, _host(self.placement.params(tree)))
 
     def on_device(self, item: str) -> Tree:
         """The item's tree in device memory; a copy where the item rests in host memory."""
         tree = self.trees[item]
         return self.placement.put(tree, self.placement.params(tree))
-
-    def to_host(self, item: str) -> None:
-        """Move an item to pinned host memory, where it can be used but takes no room on the device."""
-        tree = self.trees[item]
-        shardings = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), self.placement.params(tree))
-        self.trees[item] = self.placement.put(tree, shardings)
 
     def content_hash(self, item: str) -> str:
         """A hash of the item's bytes in its current format; its version where no process holds all the bytes."""
