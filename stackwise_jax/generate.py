@@ -37,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="mlm, diffusion: forward passes (default: one per token)")
     parser.add_argument(
-        "--order", choices=("confidence", "random"), help="mlm, diffusion: which tokens are unmasked first"
+        "--order",
+        choices=("confidence", "random"),
+        help="mlm, diffusion: which tokens are unmasked first (default: confidence)",
     )
     parser.add_argument("--depth", type=int, help="use the first DEPTH stacks only (default: all that were trained)")
     add_common(parser)

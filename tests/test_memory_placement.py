@@ -12,8 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from stackwise_jax.config.schema import MeshConfig
-from stackwise_jax.errors import UsageError
-from stackwise_jax.memory import Placement, format_bytes, make_mesh, parse_bytes, peak_host_bytes
+from stackwise_jax.memory import Placement, format_bytes, make_mesh, peak_host_bytes
 
 FOUR_DEVICES = """
 import jax, numpy as np, pytest
@@ -156,20 +155,6 @@ def test_two_processes():
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-
-
-@pytest.mark.parametrize(
-    "text, size",
-    [("4GiB", 4 << 30), ("1.5 MiB", 3 << 19), ("500MB", 500_000_000), ("2kb", 2000), ("17", 17), (17, 17), ("0", 0)],
-)
-def test_parse_bytes(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "four", "4G", "-1GiB", "4 GiB please", "GiB"])
-def test_parse_bytes_refuses(text):
-    with pytest.raises(UsageError, match=r"cache\.host_budget .* 4GiB"):
-        parse_bytes(text, "cache.host_budget")
 
 
 def test_format_bytes():

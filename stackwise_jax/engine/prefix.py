@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stackwise_jax.config import parse_bytes
 from stackwise_jax.config.schema import CacheConfig
 from stackwise_jax.curriculum.phase import Phase
 from stackwise_jax.data import Loader
 from stackwise_jax.engine.programs import bare, embed_examples, run_stack
 from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.engine.weights import EMBED, Weights, stack_item
-from stackwise_jax.memory import ActivationCache, CacheChoice, Placement, cache_key, choose_cache, parse_bytes
+from stackwise_jax.memory import ActivationCache, CacheChoice, Placement, cache_key, choose_cache
 from stackwise_jax.model import dtype_of
 from stackwise_jax.objectives import Examples
 

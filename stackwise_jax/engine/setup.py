@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from stackwise_jax.config import StackWiseConfig
+from stackwise_jax.config import StackWiseConfig, parse_bytes
 from stackwise_jax.curriculum import Phase, Plan, RackShape, make_plan
 from stackwise_jax.data import Dataset, Loader, Tokenizer, load_datasets, load_tokenizer, training_texts
 from stackwise_jax.engine.step import TaskSpec
@@ -64,6 +65,9 @@ def start_devices(config: StackWiseConfig) -> Placement:
     Raises:
         UsageError: the mesh does not fit the devices, or the batch does not fit the mesh.
     """
+    # XLA caps pinned host memory at 64 GB unless told otherwise before the first use of a device.
+    wanted = parse_bytes(config.cache.host_budget, "cache.host_budget") // 10**9 + 8
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(wanted, 64)))
     mesh_cfg = config.mesh
     if mesh_cfg.num_processes > 1 and not jax.distributed.is_initialized():
         if mesh_cfg.coordinator is None:

@@ -8,7 +8,6 @@ from stackwise_jax.memory.placement import (
     Placement,
     format_bytes,
     make_mesh,
-    parse_bytes,
     peak_device_bytes,
     peak_host_bytes,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "format_bytes",
     "head_forward_flops",
     "make_mesh",
-    "parse_bytes",
     "peak_device_bytes",
     "peak_host_bytes",
     "phase_flops",

@@ -5,7 +5,6 @@ The mesh has two axes. `data` splits the batch; `fsdp` splits the batch too and,
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 from collections.abc import Iterable
@@ -23,13 +22,6 @@ from stackwise_jax.errors import UsageError
 
 HOST_MEMORY = "pinned_host"
 STACKED = "blocks"  # under this key of a parameter tree, axis 0 of every leaf counts blocks
-
-_UNITS = {"B": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("IB", 1024))
-}
-
 
 def make_mesh(cfg: MeshConfig) -> Mesh:
     """A mesh (data, fsdp) over all devices of all processes.
@@ -153,19 +145,6 @@ def peak_host_bytes() -> int:
     """The largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
-
-
-def parse_bytes(text: str | int, key: str = "the size") -> int:
-    """Bytes of a size such as "4GiB", "500MB" or "4096"; `key` names the setting in the error.
-
-    Raises:
-        UsageError: the text is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    unit = _UNITS.get((match[2] or "B").upper()) if match else None
-    if match is None or unit is None:
-        raise UsageError(f"{key} {text!r} is no size in bytes; write for example 500MB or 4GiB")
-    return int(float(match[1]) * unit)
 
 
 def format_bytes(n: int) -> str:
