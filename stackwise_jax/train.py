@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -45,7 +46,7 @@ def stop_on_signal():
     def ask(number, frame):
         stop.set()
         signal.signal(number, before[number])
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        os.write(2, b"stopping after this step; once more to stop at once\n")  # safe also amid another print
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, ask)
@@ -56,8 +57,11 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
-def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the command; returns the answer for --json: the summary, or the phases of a dry run."""
+def train(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Run the command; returns the answer for --json: the summary, or the phases of a dry run.
+
+    Of several processes only the first prints, writes curves and answers.
+    """
     config = load_config(args.config, args.overrides)
     validate(config)
     if args.print_config:
@@ -66,32 +70,33 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     run_dir = run_directory(config, args.config)
     if args.dry_run:
         return dry_run(config, run_dir)
+    first = config.mesh.process_id == 0
 
     from stackwise_jax.engine import Interrupted, Run, prepare
 
     setup = prepare(config, run_dir)
     console = ConsoleReporter()
-    members: list = [console]
-    if config.run.tensorboard:
+    members: list = [console] if first else []
+    if first and config.run.tensorboard:
         members.append(TensorBoardReporter(run_dir / "tensorboard", every=config.run.log_every))
     reporter = Reporters(members)
-    console.note(f"run directory: {run_dir}")
+    reporter.note(f"run directory: {run_dir}")
     try:
         with stop_on_signal() as stop:
             run = Run(setup, reporter, stop)
             summary = run.train()
-        if run.first:
-            sample = text_sample(config, run_dir)
+        if first:
+            sample = None if run.was_finished else text_sample(config, run_dir)
             reporter.finish(summary, sample)
             summary["sample"] = sample
     except Interrupted as stopped:
         raise KeyboardInterrupt(str(stopped)) from None
     finally:
         reporter.close()
-    return summary
+    return summary if first else None
 
 
-def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any]:
+def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any] | None:
     """Print what each phase does and needs; nothing is written."""
     from stackwise_jax.engine import prepare
     from stackwise_jax.engine.dryrun import plan_rows
@@ -99,6 +104,8 @@ def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any]:
 
     setup = prepare(config, run_dir)
     rows, rack, console = plan_rows(setup), setup.rack, make_console()
+    if config.mesh.process_id:
+        return None
     learns = rack.parameter_count(trainable_only=True)
     console.print(
         f"{len(rack.stacks)} stacks of {list(setup.plan.stack_sizes)} blocks, {rack.parameter_count():,} parameters "

@@ -136,13 +136,14 @@ def test_one_item_is_read_without_the_others(tmp_path):
 
 def test_gc_keeps_exactly_what_kept_records_need_and_never_rewrites_it(tmp_path):
     store = Store(tmp_path, keep=2)
-    store.save_item("stacks/000", 1, tree_of(1), {})
+    meta = {"phase": 0, "history": [(1, math.nan)]}
+    store.save_item("stacks/000", 1, tree_of(1), meta)
     store.save_item("head", 1, tree_of(1), {})
     store.commit(record(1, {"head": 1, "stacks/000": 1}))
     written = files_of(tmp_path / "stacks/000/00000001")
     for number in range(2, 8):
         store.save_item("head", number, tree_of(number), {})
-        store.save_item("stacks/000", 1, tree_of(1), {})  # again the same: nothing is written
+        store.save_item("stacks/000", 1, tree_of(1), meta)  # again the same: nothing is written
         store.commit(record(number, {"head": number, "stacks/000": 1}))
         for kept in store.records():
             for name, version in store.read(kept).versions.items():

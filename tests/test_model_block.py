@@ -26,8 +26,13 @@ def make_input(key: int = 1, batch: int = 2) -> jax.Array:
 def influence_TT(block: Block, **kwargs) -> np.ndarray:
     """How strongly output row t depends on input row s, by gradient."""
     params, x_TD = block.init_params(jax.random.key(0)), make_input(batch=1)[0]
-    run = lambda x_TD: block.apply({"params": params}, x_TD[None], **kwargs)[0]
-    return np.abs(jax.jacobian(run)(x_TD)).max(axis=(1, 3))
+
+    @jax.jit
+    @jax.jacobian
+    def jacobian_TDTD(x_TD):
+        return block.apply({"params": params}, x_TD[None], **kwargs)[0]
+
+    return np.abs(jacobian_TDTD(x_TD)).max(axis=(1, 3))
 
 
 def test_causal_block_sees_only_the_past():
@@ -68,9 +73,11 @@ def test_a_packed_document_is_computed_as_if_it_stood_alone():
 def test_rope_depends_on_differences_of_positions_only():
     q_BTHd, k_BTHd = (jax.random.normal(jax.random.key(i), (1, T, 2, 8)) for i in range(2))
     positions_BT = jnp.arange(T)[None]
-    scores = lambda shift: jnp.einsum(
-        "BTHd,BSHd->BHTS", rope(q_BTHd, positions_BT + shift, 1e4), rope(k_BTHd, positions_BT + shift, 1e4)
-    )
+
+    def scores(shift):
+        q_rotated, k_rotated = (rope(x_BTHd, positions_BT + shift, 1e4) for x_BTHd in (q_BTHd, k_BTHd))
+        return jnp.einsum("BTHd,BSHd->BHTS", q_rotated, k_rotated)
+
     np.testing.assert_allclose(scores(0), scores(37), atol=1e-4)
     assert np.abs(scores(0) - jnp.einsum("BTHd,BSHd->BHTS", q_BTHd, k_BTHd)).max() > 0.1
     np.testing.assert_allclose(jnp.linalg.norm(rope(q_BTHd, positions_BT, 1e4)), jnp.linalg.norm(q_BTHd), rtol=1e-5)
@@ -86,7 +93,10 @@ def test_rope_rotates_the_pairs_i_and_i_plus_half():
 def test_block_is_shift_invariant_and_uses_positions():
     block, x_BTD = make_block(), make_input()
     variables = {"params": block.init_params(jax.random.key(0))}
-    run = lambda positions_T: block.apply(variables, x_BTD, positions_T[None])
+
+    def run(positions_T):
+        return block.apply(variables, x_BTD, positions_T[None])
+
     np.testing.assert_allclose(run(jnp.arange(T)), run(jnp.arange(T) + 100), atol=1e-5)
     np.testing.assert_array_equal(run(jnp.arange(T)), block.apply(variables, x_BTD))
     assert np.abs(run(jnp.arange(T)) - run(2 * jnp.arange(T))).max() > 1e-4
@@ -104,7 +114,10 @@ def test_without_rope_positions_do_not_matter_and_theta_does_with_it():
 def test_gqa_equals_mha_with_repeated_keys_and_values():
     gqa, mha, x_BTD = make_block(), make_block(n_kv_heads=4), make_input()
     params = gqa.init_params(jax.random.key(0))
-    repeat = lambda kernel: jnp.repeat(kernel.reshape(D, 2, 8), 2, axis=1).reshape(D, D)
+
+    def repeat(kernel):
+        return jnp.repeat(kernel.reshape(D, 2, 8), 2, axis=1).reshape(D, D)
+
     attn = params["attn"] | {name: {"kernel": repeat(params["attn"][name]["kernel"])} for name in "kv"}
     np.testing.assert_allclose(
         gqa.apply({"params": params}, x_BTD), mha.apply({"params": params | {"attn": attn}}, x_BTD), atol=1e-5

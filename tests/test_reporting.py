@@ -98,7 +98,7 @@ def test_no_json_unless_asked(capsys):
     assert command(lambda args: {"n": 1}) == 0
     assert capsys.readouterr().out == ""
     assert command(lambda args: None, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {}
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_no_json_unless_asked(capsys):
 def test_failures_are_one_sentence_and_a_code(capsys, error, code, said):
     assert command(raising(error), "--json") == code
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and err.startswith(f"error: {said}")
+    assert err.count("\n") == 1 and err.startswith(said if code == 130 else f"error: {said}")
     answer = json.loads(out.splitlines()[-1])
     assert answer["exit_code"] == code and answer["error"].startswith(said)
     assert command(raising(error)) == code

@@ -96,6 +96,9 @@ def test_special_tokens_never_come_out_of_either_sampler(causal_model, masked_mo
         assert ids.min() >= 4
         assert ids.max() < 40
         assert len(set(ids)) > 25
+    ended = generate_causal(*causal_model, prompt_of(2), max_tokens=120, stop_ids=(2,), **how)[2:]
+    assert ended[-1] == 2  # unless it may end the text
+    assert ended[:-1].min() >= 4
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 64, 129])

@@ -1,6 +1,7 @@
 """The command generate: text for people, one JSON line for scripts, one sentence for what is wrong."""
 
 import json
+from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -12,11 +13,16 @@ from stackwise_jax.data import ByteTokenizer
 from stackwise_jax.model import create_simple_rack
 
 
+@cache
+def model():
+    rack = create_simple_rack(n_stacks=1, blocks_per_stack=1, d_model=16, d_ff=16, n_heads=2, vocab_size=260)
+    return rack, rack.init_params(jax.random.key(0))
+
+
 @pytest.fixture(params=["clm", "diffusion"])
 def run(request, monkeypatch):
     """The objective of a run that `load_rack` finds under the name `here`, and the depths it was asked for."""
-    rack = create_simple_rack(n_stacks=1, blocks_per_stack=1, d_model=16, d_ff=16, n_heads=2, vocab_size=260)
-    params = rack.init_params(jax.random.key(0))
+    rack, params = model()
     found, load_rack = SimpleNamespace(objective_kind=request.param, depths=[]), engine.load_rack
 
     def load(run_dir, depth=None):

@@ -39,18 +39,18 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def by_first_process(work: Callable[[], None]) -> None:
-    """Run `work` in process 0 while the others wait; its RunError ends all of them."""
+    """Run `work` in process 0 while the others wait; an exception there ends all of them."""
     error = None
     if jax.process_index() == 0:
         try:
             work()
-        except RunError as raised:
+        except Exception as raised:
             error = raised
     failed = error is not None
     if jax.process_count() > 1:
         failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
     if failed:
-        raise error or RunError("process 0 could not write; its message says why")
+        raise error or RunError("process 0 failed; its message says why")
 
 
 def brief(error: BaseException) -> str:

@@ -103,11 +103,11 @@ def holds_same(path: Path, tree: Any, meta: dict) -> bool:
     except RunError:
         return False
     leaves = named_leaves(tree)
-    if not all(map(is_whole_here, leaves.values())) or json.dumps(saved["meta"]) != json.dumps(_as_json(meta)):
+    if not all(map(is_whole_here, leaves.values())) or _text(saved["meta"]) != _text(meta):
         return False
     hosts = {name: _to_host(leaf) for name, leaf in leaves.items()}
     table = {name: {"shape": host.shape, "dtype": host.dtype.name} for name, host in hosts.items()}
-    if _as_json(table) != saved["leaves"]:
+    if _text(table) != _text(saved["leaves"]):
         return False
     present = named_leaves(load_tree(path))
     return all(host.tobytes() == present[name].tobytes() for name, host in hosts.items())
@@ -158,8 +158,8 @@ def _check_files(path: Path, files: dict[str, str]) -> None:
         raise RunError(found[0] if found else f"{path} is damaged; another process says where")
 
 
-def _as_json(data: Any) -> Any:
-    return json.loads(json.dumps(data))
+def _text(data: Any) -> str:
+    return json.dumps(data, sort_keys=True)
 
 
 def _read(path: Path) -> dict:

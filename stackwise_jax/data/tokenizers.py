@@ -248,11 +248,11 @@ def _load_saved(cfg: TokenizerConfig, saved: Path) -> Tokenizer:
         raise RunError(f"the tokenizer in {saved} is damaged ({error}); restore it or train anew") from error
     if kind != cfg.kind:
         raise UsageError(
-            f"the run was made with tokenizer.kind {kind} and {cfg.kind} is asked for; write {kind} or another run.dir"
+            f"{saved} was made with tokenizer.kind {kind} and {cfg.kind} is asked for; write {kind} or another run.dir"
         )
     if kind == "sentencepiece" and record.get("vocab_size") != cfg.vocab_size:
         raise UsageError(
-            f"the run was made with tokenizer.vocab_size {record.get('vocab_size')} and {cfg.vocab_size} is asked for; "
+            f"{saved} was made with tokenizer.vocab_size {record.get('vocab_size')} and {cfg.vocab_size} is asked for; "
             "write the former or another run.dir"
         )
     # The run keeps its own copy of a given model, so that the file may be gone; a file that is there must be the same.

@@ -6,8 +6,10 @@ import json
 import os
 from pathlib import Path
 
+from stackwise_jax.checkpoint import Progress
 from stackwise_jax.config import StackWiseConfig, differing_keys, load_config, resolved_yaml
 from stackwise_jax.curriculum import Plan, phase_table
+from stackwise_jax.data import Tokenizer
 from stackwise_jax.errors import UsageError
 
 CONFIG, PHASES, METRICS, SUMMARY = "config.yaml", "phases.json", "metrics.jsonl", "summary.json"
@@ -57,7 +59,16 @@ def check_directory(run_dir: Path, config: StackWiseConfig) -> bool:
     return True
 
 
-def create_directory(run_dir: Path, config: StackWiseConfig, plan: Plan, tokenizer) -> None:
+def check_tokenizer(run_dir: Path, progress: Progress, tokenizer: Tokenizer) -> None:
+    """Raises UsageError unless the tokenizer is the one whose ids the saved weights know."""
+    if progress.data["tokenizer"] != tokenizer.fingerprint:
+        raise UsageError(
+            f"the tokenizer in {run_dir / TOKENIZER} is not the one that the checkpoints of {run_dir} were trained "
+            "with; restore that folder from a copy, or train in another run.dir"
+        )
+
+
+def create_directory(run_dir: Path, config: StackWiseConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     """Lay down what does not change during a run; config.yaml comes last and marks the directory as a run."""
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(run_dir / TOKENIZER)

@@ -94,16 +94,16 @@ def abstract_step(
     """The arguments of the training step of a phase as shapes with shardings."""
     placement, config = setup.placement, setup.config
     learns = learning_items(phase)
-    shape = lambda item: weights.shapes(item, weights.master if item in learns else phase.frozen)  # noqa: E731
+    shape = lambda item: weights.shapes(item, weights.master if item in learns else phase.frozen)
     stacks = {i: shape(stack_item(i)) for i in phase.window}
-    split = lambda embed, head, stacks: split_phase(spec, window, embed, head, stacks)  # noqa: E731
+    split = lambda embed, head, stacks: split_phase(spec, window, embed, head, stacks)
     learning, frozen = _placed(placement, jax.eval_shape(split, shape(EMBED), shape(HEAD), stacks))
     opt = _placed(placement, jax.eval_shape(make_optimizer(spec.optimizer).init, learning))
 
-    def scalar(dtype) -> jax.ShapeDtypeStruct:
+    def scalar(dtype) -> Any:
         return jax.ShapeDtypeStruct((), dtype, sharding=placement.replicated)
 
-    def batch(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+    def batch(*shape: int, dtype=jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.batch)
 
     n, t = config.data.batch_size, config.data.seq_len

@@ -15,7 +15,6 @@ import numpy as np
 from stackwise_jax.data import Dataset
 from stackwise_jax.engine.programs import bare, embed_examples, loss_sums, run_stack
 from stackwise_jax.engine.step import TaskSpec
-from stackwise_jax.memory import Placement
 from stackwise_jax.model import Stack
 from stackwise_jax.objectives import Examples
 
@@ -47,7 +46,6 @@ def held_out_batches(dataset: Dataset, batch_size: int, pad_id: int, limit: int 
 
 def held_out(
     task: TaskSpec,
-    placement: Placement,
     stacks: Sequence[tuple[Stack, Tree]],
     embed: Tree,
     head: Tree,
@@ -65,16 +63,17 @@ def held_out(
     Returns:
         loss (nats per token), perplexity, bits_per_byte, accuracy, tokens.
     """
+    placement = task.placement
     key = placement.put(jax.random.key(HELD_OUT_SEED), placement.replicated)
     visit = placement.put(np.int32(draw), placement.replicated)
     totals: dict[str, float] = {}
     pending = None
     for host_examples in batches:
         examples = placement.put(host_examples, placement.batch)
-        x_BTD = embed_examples(task, placement, embed, examples, key, visit)
+        x_BTD = embed_examples(task, embed, examples, key, visit)
         for stack, params in stacks:
             params = placement.put(params, placement.params(params))
-            x_BTD = run_stack(bare(stack), task.attention_mode, placement, params, x_BTD, examples)
+            x_BTD = run_stack(task, bare(stack), params, x_BTD, examples)
         sums = loss_sums(task, head, embed, x_BTD, examples, key, visit, token_bytes_V)
         _add(totals, pending)
         pending = sums

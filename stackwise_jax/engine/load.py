@@ -10,9 +10,10 @@ import jax
 
 from stackwise_jax.checkpoint import Progress, Store
 from stackwise_jax.config import StackWiseConfig, load_config
-from stackwise_jax.curriculum import Phase, make_plan
+from stackwise_jax.config.schema import MeshConfig, ObjectiveKind
+from stackwise_jax.curriculum import AttentionMode, Phase, make_plan
 from stackwise_jax.data import Tokenizer, load_tokenizer
-from stackwise_jax.engine.directory import CHECKPOINTS, CONFIG, TOKENIZER
+from stackwise_jax.engine.directory import CHECKPOINTS, CONFIG, TOKENIZER, check_tokenizer
 from stackwise_jax.engine.setup import rack_shape
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, stack_item
 from stackwise_jax.errors import UsageError
@@ -34,11 +35,11 @@ class LoadedRun:
     placement: Placement
 
     @property
-    def objective_kind(self) -> str:
+    def objective_kind(self) -> ObjectiveKind:
         return self.phase.objective.kind
 
     @property
-    def attention_mode(self) -> str | None:
+    def attention_mode(self) -> AttentionMode | None:
         return self.phase.attention_mode
 
     @property
@@ -72,6 +73,18 @@ def _snapshot(
     return now[0], now[1], path[:depth], now[2]
 
 
+def _placement(config: StackWiseConfig) -> Placement:
+    """The mesh of the run where it fits the devices at hand, which need not be those of the training; else a device."""
+    try:
+        # A run of many devices can be looked at on one: weights are split as in the run where the devices allow it.
+    fits = jax.device_count() % config.mesh.fsdp == 0
+    placement = Placement(make_mesh(MeshConfig(fsdp=config.mesh.fsdp if fits else 1)))
+        placement.check_batch(config.data.batch_size)
+        return placement
+    except UsageError:
+        return Placement(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+
+
 def load_rack(run_dir: str | Path, depth: int | None = None, rack: Rack | None = None) -> LoadedRun:
     """Load the rack of a run from its newest checkpoint, onto the devices.
 
@@ -93,12 +106,13 @@ def load_rack(run_dir: str | Path, depth: int | None = None, rack: Rack | None =
     if progress is None:
         raise UsageError(f"{run_dir} holds no checkpoint yet; let train reach its first save")
     tokenizer = load_tokenizer(config.tokenizer, None, run_dir / TOKENIZER)
+    check_tokenizer(run_dir, progress, tokenizer)
     rack = rack or create_rack_from_config(config, tokenizer.vocab_size)
     plan = make_plan(config, rack_shape(rack))
     rack = regroup(rack, plan.stack_sizes)
     versions, formats, path, phase = _snapshot(progress, plan.phases, depth)
 
-    placement = Placement(make_mesh(config.mesh))
+    placement = _placement(config)
     weights = Weights(rack, placement, store, jax.random.key(config.run.seed))
     weights.versions = versions
 

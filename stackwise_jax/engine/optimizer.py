@@ -49,20 +49,19 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     elif cfg.name == "adafactor":
         rule = optax.adafactor(1.0, weight_decay_rate=decay or None, weight_decay_mask=decay_mask)
     elif cfg.name == "sgd":
-        rule = optax.chain(
-            optax.add_decayed_weights(decay, mask=decay_mask), optax.sgd(1.0, momentum=cfg.b1 or None, nesterov=False)
-        )
+        rule = optax.chain(optax.sgd(1.0, momentum=cfg.b1 or None), optax.add_decayed_weights(-decay, mask=decay_mask))
     else:
-        rule = contrib.muon(
+        muon = contrib.muon(
             1.0,
             beta=cfg.b1,
             eps=cfg.eps,
-            weight_decay=decay,
             adam_b1=cfg.b1,
             adam_b2=cfg.b2,
             muon_weight_dimension_numbers=_muon_dimensions,
             consistent_rms=0.2,  # updates as large as Adam's, so that one learning rate serves both (Liu et al. 2025)
         )
+        # Decayed out here, because optax's own decay of muon leaves out the head's matrix, which falls to Adam.
+        rule = optax.chain(muon, optax.add_decayed_weights(-decay, mask=decay_mask))
     if cfg.grad_clip > 0:
         return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), rule)
     return rule

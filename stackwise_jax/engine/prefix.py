@@ -49,14 +49,14 @@ class Prefix:
     def embed(self, examples: Examples, visit: jax.Array) -> jax.Array:
         """Corrupt and embed: x_BTD."""
         embed = self._weights.on_device(EMBED)
-        return embed_examples(self._task, self._placement, embed, examples, self._key, visit)
+        return embed_examples(self._task, embed, examples, self._key, visit)
 
     def run(self, x_BTD: jax.Array, examples: Examples, start: int = 0) -> jax.Array:
         """Pass the prefix stacks from the start-th on."""
         for index in self._phase.prefix[start:]:
             stack = bare(self._weights.rack.stacks[index])
             params = self._weights.on_device(stack_item(index))
-            x_BTD = run_stack(stack, self._task.attention_mode, self._placement, params, x_BTD, examples)
+            x_BTD = run_stack(self._task, stack, params, x_BTD, examples)
         return x_BTD
 
     def __call__(self, examples: Examples, visit: jax.Array) -> jax.Array:

@@ -27,31 +27,27 @@ def bare(stack: Stack) -> Stack:
     return Stack(blocks=stack.blocks, remat=stack.remat, parent=None)
 
 
-@functools.partial(jax.jit, static_argnames=("task", "placement"))
-def embed_examples(
-    task: TaskSpec, placement: Placement, embed: Tree, examples: Examples, key: jax.Array, visit: jax.Array
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="task")
+def embed_examples(task: TaskSpec, embed: Tree, examples: Examples, key: jax.Array, visit: jax.Array) -> jax.Array:
     """Corrupt the examples and embed them: x_BTD."""
     x_BTD = embed_tokens(task.rack, embed, task.batch(examples, key, visit).inputs_BT)
-    return jax.lax.with_sharding_constraint(x_BTD, placement.batch)
+    return jax.lax.with_sharding_constraint(x_BTD, task.placement.batch)
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "attention_mode", "placement"))
-def run_stack(
-    stack: Stack, attention_mode: str | None, placement: Placement, params: Tree, x_BTD: jax.Array, examples: Examples
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("task", "stack"))
+def run_stack(task: TaskSpec, stack: Stack, params: Tree, x_BTD: jax.Array, examples: Examples) -> jax.Array:
     """One stack without dropout: y_BTD."""
-    y_BTD = stack.apply(
+    y_BTD: Any = stack.apply(
         {"params": params},
         x_BTD,
         positions_BT=examples.positions_BT,
         segment_ids_BT=examples.segment_ids_BT,
-        attention_mode=attention_mode,
+        attention_mode=task.attention_mode,
     )
-    return jax.lax.with_sharding_constraint(y_BTD, placement.batch)
+    return jax.lax.with_sharding_constraint(y_BTD, task.placement.batch)
 
 
-@functools.partial(jax.jit, static_argnames=("task",))
+@functools.partial(jax.jit, static_argnames="task")
 def loss_sums(
     task: TaskSpec,
     head: Tree,
@@ -70,7 +66,7 @@ def loss_sums(
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Device bytes of a compiled function: arguments, outputs that reuse no argument, temporaries, and their sum."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     arguments, temporaries = int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
     outputs = int(memory.output_size_in_bytes - memory.alias_size_in_bytes)
     return {

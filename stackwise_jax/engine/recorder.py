@@ -19,16 +19,17 @@ OPTIMIZER = "optimizer"
 class Recorder:
     """The saved side of a run: what has been committed, and how to commit more.
 
-    number, global_step, results: of the state that the next record will describe.
+    number, global_step, results: of the state that the next record will describe. `data` goes into every record: the
+    fingerprints of what the run must find again.
     """
 
-    def __init__(self, run_dir: Path, keep: int, fingerprint: str):
+    def __init__(self, run_dir: Path, keep: int, data: dict[str, str]):
         self.store = Store(run_dir / directory.CHECKPOINTS, keep=keep)
         self.log = MetricsLog(run_dir / directory.METRICS)
         self.weights: Weights  # set by the run once the store can be read
         self.number = self.global_step = 0
         self.results: list[dict] = []
-        self._fingerprint = fingerprint
+        self._data = data
 
     def go_on_from(self, progress: Progress) -> None:
         """Take up a committed state: counters, results, versions, and the metrics file as it was then."""
@@ -83,7 +84,7 @@ class Recorder:
             global_step=self.global_step,
             versions=self.weights.versions | ({OPTIMIZER: self.number} if optimizer else {}),
             formats=dict(self.weights.formats),
-            data={"fingerprint": self._fingerprint},
+            data=self._data,
             metrics_bytes=self.log.tell(),
             results=self.results,
             bad_steps=bad_steps,

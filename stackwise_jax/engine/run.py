@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from stackwise_jax.checkpoint import Progress
+from stackwise_jax.checkpoint import Progress, by_first_process
 from stackwise_jax.curriculum import Phase
 from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
@@ -81,6 +81,7 @@ class Run:
         self.placement = setup.placement
         self.programs = StepPrograms(self.placement)
         self.loader = setup.loader()
+        self.was_finished = False  # `train` found nothing left to do
 
     # The two ends of a run.
 
@@ -93,7 +94,8 @@ class Run:
             RunError: the disk is full, a checkpoint is damaged, or too many steps in a row were not finite.
         """
         progress = self._open()
-        if progress.finished:
+        self.was_finished = progress.finished
+        if self.was_finished:
             self.reporter.note(f"{self.setup.run_dir} is finished; there is nothing left to do")
             self.recorder.close()
             return self._summary()
@@ -107,15 +109,19 @@ class Run:
 
     def _open(self) -> Progress:
         run_dir, setup = self.setup.run_dir, self.setup
-        begun = directory.check_directory(run_dir, self.config)
-        if self.first and not begun:
-            directory.create_directory(run_dir, self.config, setup.plan, setup.tokenizer)
-        _wait_for_all("run directory")
-        self.recorder = Recorder(run_dir, self.config.run.keep, setup.train.fingerprint)
+
+        def lay_down() -> None:
+            if not directory.check_directory(run_dir, self.config):
+                directory.create_directory(run_dir, self.config, setup.plan, setup.tokenizer)
+
+        by_first_process(lay_down)
+        data = {"fingerprint": setup.train.fingerprint, "tokenizer": setup.tokenizer.fingerprint}
+        self.recorder = Recorder(run_dir, self.config.run.keep, data)
         self.cache = PrefixCache(self.config.cache, self.placement, run_dir / directory.CACHE)
         root_key = self.placement.put(jax.random.key(self.config.run.seed), self.placement.replicated)
         self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root_key)
         progress = self.recorder.store.latest() or self._begin()
+        directory.check_tokenizer(run_dir, progress, setup.tokenizer)
         if progress.data["fingerprint"] != setup.train.fingerprint:
             raise UsageError(
                 f"the training text is not the one that {run_dir} was begun with; "
@@ -306,7 +312,7 @@ class Run:
     def _held_out(self, work: PhaseWork, stacks: list, embed: Tree, head: Tree) -> dict[str, float]:
         run, setup = self.config.run, self.setup
         batches = held_out_batches(setup.valid, self.loader.batch_size, setup.tokenizer.pad_id, run.eval_batches)
-        return held_out(work.spec.task, self.placement, stacks, embed, head, batches, work.constants["token_bytes_V"])
+        return held_out(work.spec.task, stacks, embed, head, batches, work.constants["token_bytes_V"])
 
     def _evaluate_window(self, work: PhaseWork, step: int, state: TrainState) -> None:
         """Held-out loss in the middle of a phase, straight from the state."""
@@ -376,10 +382,3 @@ class Run:
 def _chain(first: StepData, rest):
     yield first
     yield from rest
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

@@ -14,7 +14,7 @@ from stackwise_jax.data import Dataset, Loader, Tokenizer, load_datasets, load_t
 from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory import Placement, make_mesh
-from stackwise_jax.model import Rack, create_rack_from_config, regroup
+from stackwise_jax.model import Rack, create_rack_from_config, padded_vocab, regroup
 from stackwise_jax.objectives import Vocab
 
 
@@ -39,7 +39,7 @@ class Setup:
     def task(self, phase: Phase) -> TaskSpec:
         """What the phase asks of the model."""
         ends = self.rack.clone(stacks=self.rack.stacks[:1], parent=None)
-        return TaskSpec(ends, phase.objective, phase.noise, phase.attention_mode, self.vocab)
+        return TaskSpec(ends, phase.objective, phase.noise, phase.attention_mode, self.vocab, self.placement)
 
     def loader(self) -> Loader:
         """The infinite stream of training batches."""
@@ -98,6 +98,7 @@ def prepare(config: StackWiseConfig, run_dir: Path, rack: Rack | None = None) ->
     tokenizer = load_tokenizer(config.tokenizer, lambda: training_texts(config.data, seed), run_dir / "tokenizer")
     if rack is None:
         rack = create_rack_from_config(config, tokenizer.vocab_size)
+    padded_vocab(rack.vocab_size, tokenizer.vocab_size, 1)
     plan = make_plan(config, rack_shape(rack))
     train, valid = load_datasets(config.data, tokenizer, seed)
     return Setup(config, run_dir, tokenizer, regroup(rack, plan.stack_sizes), plan, placement, train, valid)

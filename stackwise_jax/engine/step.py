@@ -20,6 +20,7 @@ from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.curriculum.phase import AttentionMode, Noise, Objective
 from stackwise_jax.engine.optimizer import make_optimizer
 from stackwise_jax.kernels.cross_entropy import gather_targets, linear_cross_entropy
+from stackwise_jax.memory import Placement
 from stackwise_jax.model import Rack, Stack, combine, embed_tokens, final_hidden, head_kernel
 from stackwise_jax.objectives import Batch, Examples, Vocab, example_keys, make_batch, max_targets
 
@@ -35,6 +36,7 @@ class TaskSpec:
     noise: Noise
     attention_mode: AttentionMode | None
     vocab: Vocab
+    placement: Placement
 
     def batch(self, examples: Examples, seed_key: jax.Array, visit: jax.Array) -> Batch:
         """The batch of these examples; visit is 0 for fixed corruption and the step of the run for fresh."""
@@ -58,21 +60,21 @@ class StepSpec:
 
 
 class TrainState(NamedTuple):
-    """What a step consumes and returns; donated."""
+    """What a step consumes and returns; donated. Arrays, or their shapes while nothing is allocated."""
 
-    step: jax.Array  # int32, steps done in this phase; counts skipped steps too
-    bad_steps: jax.Array  # int32, non-finite steps in a row up to now
+    step: Any  # int32, steps done in this phase; counts skipped steps too
+    bad_steps: Any  # int32, non-finite steps in a row up to now
     learning: Tree  # {"embed"?, "stacks": one tree per group, "head"?}
     opt: Tree
 
 
 class StepData(NamedTuple):
-    """One step's worth of data on the device."""
+    """One step's worth of data on the device. Arrays, or their shapes while nothing is allocated."""
 
     examples: Examples
-    hidden_BTD: jax.Array | None  # output of the prefix; None when the window begins with the embedding
-    lr: jax.Array  # float32
-    visit: jax.Array  # int32, see TaskSpec.batch
+    hidden_BTD: Any  # (B, T, D) or None: output of the prefix; None when the window begins with the embedding
+    lr: Any  # float32
+    visit: Any  # int32, see TaskSpec.batch
 
 
 def token_loss(
@@ -88,9 +90,16 @@ def token_loss(
     targets_Bk, weights_Bk = batch.targets_BT, batch.weights_BT
     if k < seq_len:
         hidden_BTD, targets_Bk, weights_Bk = gather_targets(hidden_BTD, targets_Bk, weights_Bk, k)
-    kernel_DV = head_kernel(task.rack, head, embed)
+    # A head that is split over devices is gathered once here, not in every chunk of the loss.
+    kernel_DV = jax.lax.with_sharding_constraint(head_kernel(task.rack, head, embed), task.placement.replicated)
     nll, stats = linear_cross_entropy(
-        hidden_BTD, kernel_DV, targets_Bk, weights_Bk, n_valid=task.vocab.size, train_kernel=train_kernel
+        hidden_BTD,
+        kernel_DV,
+        targets_Bk,
+        weights_Bk,
+        n_valid=task.vocab.size,
+        train_kernel=train_kernel,
+        batch_shards=task.placement.mesh.size,
     )
     return nll, stats["correct"]
 
@@ -107,7 +116,7 @@ def window_loss(
     task = spec.task
     embed = learning.get("embed", frozen.get("embed"))
     head = learning.get("head", frozen.get("head"))
-    x_BTD = embed_tokens(task.rack, embed, batch.inputs_BT) if spec.from_tokens else hidden_BTD
+    x_BTD: Any = embed_tokens(task.rack, embed, batch.inputs_BT) if spec.from_tokens else hidden_BTD
     assert x_BTD is not None
     for i, stack in enumerate(spec.groups):
         params = combine(learning["stacks"][i], frozen["stacks"][i])
@@ -177,12 +186,12 @@ def train_step(
     batch = spec.task.batch(data.examples, constants["corruption_key"], data.visit)
     key = jax.random.fold_in(constants["dropout_key"], state.step) if spec.dropout else None
     nll, correct, grads = batch_gradients(spec, state.learning, frozen, batch, data.hidden_BTD, key)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
 
     updates, opt = make_optimizer(spec.optimizer).update(grads, state.opt, state.learning)
     learning = jax.tree.map(lambda p, u: p + (data.lr * u).astype(p.dtype), state.learning, updates)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     new_state = TrainState(state.step + 1, bad_steps, keep(learning, state.learning), keep(opt, state.opt))
     metrics = batch_metrics(batch, nll, correct, constants["token_bytes_V"])

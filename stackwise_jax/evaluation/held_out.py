@@ -46,15 +46,16 @@ def evaluate_run(loaded: LoadedRun, dataset: Dataset, *, limit: int = 0, draws: 
     if noise.kind == "range":
         noise = dataclasses.replace(noise, kind="elbo", low=0.0, high=1.0, schedule="linear")
     ends = rack.clone(stacks=rack.stacks[:1], parent=None)
-    task = TaskSpec(ends, phase.objective, noise, phase.attention_mode, vocab_of(loaded.tokenizer))
+    task = TaskSpec(ends, phase.objective, noise, phase.attention_mode, vocab_of(loaded.tokenizer), placement)
     stacks = list(zip(rack.stacks, loaded.params["stacks"].values(), strict=True))
     table = placement.put(jnp.asarray(loaded.tokenizer.token_bytes, jnp.float32), placement.replicated)
-    batch_size, pad_id = loaded.config.data.batch_size, loaded.tokenizer.pad_id
+    n_devices = placement.mesh.size  # the batch is split evenly over them, whatever the run had
+    batch_size = -(-loaded.config.data.batch_size // n_devices) * n_devices
+    pad_id = loaded.tokenizer.pad_id
     random = phase.objective.kind != "clm"
     results = [
         held_out(
             task,
-            placement,
             stacks,
             loaded.params["embed"],
             loaded.params["head"],

@@ -63,12 +63,9 @@ def choose_cache(
 
     n_chunks = min(phase_visits, dataset_batches)
     visits, need = phase_visits / n_chunks, n_chunks * chunk_bytes
-    room = disk_budget if kind == "disk" else host_budget // chunk_bytes * chunk_bytes + disk_budget
     size = f"{n_chunks} batches of {format_bytes(chunk_bytes)}, {format_bytes(need)} in all,"
+    room, budgets = _room(kind, chunk_bytes, host_budget, disk_budget)
     if need > room:
-        budgets = f"cache.disk_budget {format_bytes(disk_budget)}"
-        if kind != "disk":
-            budgets = f"cache.host_budget {format_bytes(host_budget)} and {budgets}"
         if kind != "auto":
             raise UsageError(
                 f"cache.kind {kind}: {size} do not fit into {budgets}; raise them or set cache.kind recompute"
@@ -82,6 +79,15 @@ def choose_cache(
             f"than about {MAX_VISITS:.0f} overfits: fresh tokens go through the trunk instead"
         )
     return CacheChoice(True, "host", f"{size} fit and are visited {visits:.1f} times each", n_chunks)
+
+
+def _room(kind: str, chunk_bytes: int, host_budget: int, disk_budget: int) -> tuple[int, str]:
+    """(bytes that whole chunks may take, the keys that say so)."""
+    disk = f"cache.disk_budget {format_bytes(disk_budget)}"
+    if kind == "disk":
+        return disk_budget, disk
+    room = host_budget // chunk_bytes * chunk_bytes + disk_budget
+    return room, f"cache.host_budget {format_bytes(host_budget)} and {disk}"
 
 
 def _recompute(reason: str) -> CacheChoice:

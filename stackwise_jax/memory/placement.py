@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,16 @@ from stackwise_jax.errors import UsageError
 HOST_MEMORY = "pinned_host"
 STACKED = "blocks"  # under this key of a parameter tree, axis 0 of every leaf counts blocks
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-    """A mesh (data, fsdp) over all devices of all processes.
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, fsdp) over `devices`; None: over all devices of all processes.
 
     The axes are Auto: under Explicit axes, plain indexing of a sharded array raises.
 
     Raises:
         UsageError: data * fsdp is not the number of devices.
     """
-    n_devices = jax.device_count()
+    n_devices = jax.device_count() if devices is None else len(devices)
     if cfg.fsdp < 1 or n_devices % cfg.fsdp:
         raise UsageError(
             f"mesh.fsdp {cfg.fsdp} does not divide the {n_devices} devices at hand; write a divisor of {n_devices}"
@@ -42,7 +43,8 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
             f"mesh.data {cfg.data} times mesh.fsdp {cfg.fsdp} is not the number of devices, {n_devices}; "
             f"write mesh.data {n_devices // cfg.fsdp} or -1"
         )
-    return jax.make_mesh((data, cfg.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, cfg.fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices)
 
 
 @dataclass(frozen=True)

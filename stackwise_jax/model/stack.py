@@ -8,6 +8,7 @@ Legend: B batch, T sequence, S new positions while decoding, D d_model, L blocks
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,17 @@ from stackwise_jax.model.spec import Params, call, module_params, require, unbou
 def block_name(index: int) -> str:
     """The name of a block in the parameter tree of a stack of unlike blocks."""
     return f"block_{index:03d}"
+
+
+@partial(jax.jit, static_argnums=0)
+def _init_block(block: Block, key: jax.Array) -> Params:
+    return block.init_params(key)
+
+
+@partial(jax.jit, static_argnums=0)
+def _init_alike(block: Block, keys_L: jax.Array) -> Params:
+    # One block at a time: each is computed by the same program and so to the same bits, whatever L is.
+    return jax.lax.map(block.init_params, keys_L)
 
 
 class Stack(nn.Module):
@@ -54,12 +66,11 @@ class Stack(nn.Module):
     @nn.nowrap
     def init_params(self, key: jax.Array, first_block: int | jax.Array = 0) -> Params:
         """Initial parameters; block i is made from fold_in(key, first_block + i), however the blocks are grouped."""
-        blocks, count = unbound(self).blocks, len(self.blocks)
-        keys_L = jax.vmap(lambda i: jax.random.fold_in(key, i))(first_block + jnp.arange(count))
+        blocks = unbound(self).blocks
+        keys_L = jax.vmap(lambda i: jax.random.fold_in(key, i))(first_block + jnp.arange(len(blocks)))
         if self.block_alike:
-            # One block at a time: every block is then computed by the same program, whatever L is.
-            return {"blocks": jax.lax.map(blocks[0].init_params, keys_L)}
-        return {block_name(i): block.init_params(keys_L[i]) for i, block in enumerate(blocks)}
+            return {"blocks": _init_alike(blocks[0], keys_L)}
+        return {block_name(i): _init_block(block, keys_L[i]) for i, block in enumerate(blocks)}
 
     @nn.nowrap
     def init_cache(self, batch: int, max_len: int, dtype: Any = jnp.float32) -> Params:
@@ -104,7 +115,11 @@ class Stack(nn.Module):
         indices_L = first_block + jnp.arange(len(blocks))
         x_BTD = x_BTD.astype(blocks[0].activation_dtype)
         if alike:
-            step = lambda x_BTD, of_block: (run(blocks[0], of_block[0], x_BTD, of_block[1]), None)  # noqa: E731
+
+            def step(x_BTD, of_block):
+                block_params, index = of_block
+                return run(blocks[0], block_params, x_BTD, index), None
+
             return jax.lax.scan(step, x_BTD, (params["blocks"], indices_L))[0]
         for i, block in enumerate(blocks):
             x_BTD = run(block, params[block_name(i)], x_BTD, indices_L[i])

@@ -36,7 +36,7 @@ def run_command(
     stdout. With --debug the exception is raised after that instead, so that its traceback is seen.
 
     Args:
-        main: does the work; what it returns is the JSON answer (None: the empty object).
+        main: does the work; what it returns is the JSON answer (None: another process of the run gives it).
         parser: one that went through `add_common`.
         argv: the arguments after the program's name; None: those of the process.
         interrupted: the sentence after a KeyboardInterrupt that brings none.
@@ -48,8 +48,8 @@ def run_command(
     as_json, debug = "--json" in argv, "--debug" in argv  # known even when the parser fails
     try:
         answer = main(_parse(parser, argv))
-        if as_json:
-            print_json(answer or {})
+        if as_json and answer is not None:
+            print_json(answer)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # the reader (head, less) has seen enough; nothing more can be said on stdout
@@ -62,7 +62,7 @@ def run_command(
             print_json({"error": sentence, "exit_code": code})
         if debug:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(sentence if code == INTERRUPTED else f"error: {sentence}", file=sys.stderr)
         return code
 
 

@@ -1,0 +1,159 @@
+"""What the benchmarks share: a phase brought to its loop as the engine does it, timing in turns, a table, arguments."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from stackwise_jax.config import StackWiseConfig, load_config, validate
+from stackwise_jax.engine import Run, prepare
+from stackwise_jax.engine.programs import compiled_bytes
+from stackwise_jax.engine.resident import run_phase
+from stackwise_jax.reporting import ConsoleReporter, Reporters, TensorBoardReporter
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# Sizes at which a benchmark only shows that it works.
+SMOKE = {
+    "data.source": "synthetic",
+    "data.synthetic_tokens": 20_000,
+    "data.seq_len": 16,
+    "data.batch_size": 4,
+    "model.d_model": 16,
+    "model.n_heads": 2,
+    "model.d_ff": 32,
+}
+
+
+def configure(file: str, changes: Mapping[str, Any], smoke: bool = False) -> StackWiseConfig:
+    """A configuration of configs/, changed; smoke: at the smallest sizes."""
+    changes = {"run.sample_tokens": 0} | dict(changes) | (SMOKE if smoke else {})
+    config = load_config(CONFIGS / file, [f"--{key}={value}" for key, value in changes.items()])
+    validate(config)
+    return config
+
+
+class PhaseLoop:
+    """One phase of a run in a directory of its own, set up by the engine and run a few steps at a time.
+
+    Console and TensorBoard are drawn as in the train command, the console to nowhere. Use as a context manager.
+    """
+
+    def __init__(self, config: StackWiseConfig, index: int = 0):
+        self._open = contextlib.ExitStack()
+        folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+        self.setup = prepare(config, folder / "run")
+        nowhere = self._open.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        board = TensorBoardReporter(folder / "tensorboard", every=config.run.log_every)
+        reporter = Reporters([ConsoleReporter(Console(file=nowhere)), board])
+        self._open.callback(reporter.close)
+        self.run = Run(self.setup, reporter)
+        self.run._open()
+        self._open.callback(self.run.recorder.close)
+        self._open.callback(self.run.cache.close)
+        self.work, self.state = self.run._set_up(index, 0)
+        self._feed = iter(self.work.feed)
+        self.example = next(self._feed)
+        self.arguments = (self.work.frozen, self.example, self.work.constants)
+        self.compiled = self.run.programs.get(self.work.spec, self.state, *self.arguments)
+        self.bytes = compiled_bytes(self.compiled)
+        self.work.step_bytes = self.bytes["total"]
+        self._step = 0
+
+    def loop(self, n: int) -> None:
+        """The engine's own loop: data feed, step, metrics read, logged and reported."""
+        run, work, first = self.run, self.work, self._step
+        self._step += n
+        self.state = run_phase(
+            self.compiled,
+            self.state,
+            *(self.arguments[0], self.arguments[2]),
+            itertools.islice(self._feed, n),
+            range(first, first + n),
+            before_step=lambda step, state, flush: run._before_step(work, step, 0, state, flush),
+            on_metrics=lambda step, metrics, seconds: run._on_metrics(work, step, metrics, seconds),
+        )
+        jax.block_until_ready(self.state)
+
+    def steps_alone(self, n: int) -> dict[str, float]:
+        """The compiled step by itself, n times on the same data; the metrics of the last."""
+        metrics: dict[str, jax.Array] = {}
+        for _ in range(n):
+            self.state, metrics = self.compiled(self.state, *self.arguments)
+        jax.block_until_ready(self.state)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def __enter__(self) -> PhaseLoop:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._open.close()
+
+
+def in_turns(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each piece of work. Every round runs all of them, each time beginning with another one, so
+    that what else happens on the machine meets all alike; the first round does not count."""
+    names, seconds = list(work), {name: [] for name in work}
+    for number in range(rounds + 1):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            work[name]()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@contextlib.contextmanager
+def counting_compilations() -> Iterator[list[float]]:
+    """The seconds of each compilation by XLA inside the block."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of equal keys as a small table; floats with three digits."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console(width=120).print(table)
+
+
+def arguments(about: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes: shows in seconds that it works")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    return parser
+
+
+def finish(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """Print the JSON line if it was asked for; `result` with the machine and the version of jax."""
+    device = jax.devices()[0]
+    result = {"device": f"{jax.device_count()} x {device.device_kind}", "jax": jax.__version__} | result
+    if args.json:
+        print(json.dumps(result))
+    return result

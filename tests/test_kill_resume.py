@@ -1,0 +1,229 @@
+"""A run that is killed with SIGKILL, or stopped by a signal, and started again ends as one that never was."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from processes import arguments, assert_same_end, environment, finish, progress, rows, start
+
+pytestmark = pytest.mark.slow
+
+Moment = Callable[[Path], bool]  # whether a run stands where it is to be killed, seen from its directory
+
+
+def names(directory: Path, pattern: str) -> list[str]:
+    return sorted(path.name for path in directory.glob(pattern))
+
+
+def within_a_step(phase: str, step: int) -> Moment:
+    """The metrics of a step were written; the next ones are on their way and nothing was saved since."""
+
+    def moment(run_dir: Path) -> bool:
+        last = rows(run_dir)[-1:]
+        return bool(last) and (last[0]["phase"], last[0]["step"]) == (phase, step) and "lr" in last[0]
+
+    return moment
+
+
+def within_a_save(item: str) -> Moment:
+    """Some arrays of a version of an item are on the disk and the version is not yet there under its name."""
+    return lambda run_dir: bool(names(run_dir / "checkpoints" / item, "????????.tmp/arrays*/*"))
+
+
+def before_the_record(item: str) -> Moment:
+    """A version of an item stands whole and no record names it."""
+
+    def moment(run_dir: Path) -> bool:
+        saved = names(run_dir / "checkpoints" / item, "????????")
+        records = names(run_dir / "checkpoints" / "progress", "????????.json")
+        return bool(saved and records) and saved[-1] > "00000001" and f"{saved[-1]}.json" > records[-1]
+
+    return moment
+
+
+def at_the_end_of(phase: str, steps: int) -> Moment:
+    """All steps of the phase are done and measured, and its end is not recorded."""
+
+    def moment(run_dir: Path) -> bool:
+        last = rows(run_dir)[-1:]
+        return bool(last) and last[0]["phase"] == phase and last[0]["step"] == steps and "held_out_loss" in last[0]
+
+    return moment
+
+
+def at_the_start_of(index: int) -> Moment:
+    """The end of the phase before is recorded: the next is set up, its cache filled or advanced."""
+
+    def moment(run_dir: Path) -> bool:
+        last = progress(run_dir)
+        return last is not None and (last.phase, last.step) == (index, 0)
+
+    return moment
+
+
+def after(seconds: float) -> Moment:
+    """So long after the start of the process, wherever it then is."""
+    due = []
+
+    def moment(run_dir: Path) -> bool:
+        due.append(due[0] if due else time.monotonic() + seconds)
+        return time.monotonic() >= due[0]
+
+    return moment
+
+
+def signal_at(process, run_dir: Path, moment: Moment, number: int, timeout: float = 240) -> bool:
+    """Send a signal at the moment; False where the process ended before. It stands still while it is looked at."""
+    deadline = time.monotonic() + timeout
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.0005)
+        if not seen(moment, run_dir):
+            continue
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        hit = seen(moment, run_dir)
+        if hit:
+            process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        if hit:
+            return True
+    return False
+
+
+def kill_at(process, run_dir: Path, moment: Moment) -> bool:
+    """Kill the process at the moment; False where it ended before."""
+    if not signal_at(process, run_dir, moment, signal.SIGKILL):
+        return False
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def seen(moment: Moment, run_dir: Path) -> bool:
+    try:
+        return moment(run_dir)
+    except OSError:  # what was about to be read was renamed or removed
+        return False
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+def random_moments(seed: int, n: int) -> list[Moment]:
+    """Random times: soon after the start, and over the seconds in which a run works."""
+    draw = random.Random(seed)
+    return [after(draw.uniform(0.5, 8.0)) for _ in range(n)]
+
+
+HOST = {"cache.kind": "host"}
+CASES = {
+    "stackwise clm, cache in host memory": (
+        HOST,
+        [
+            within_a_save("stacks/001"),  # before the first record
+            within_a_step("stack 0", 1),
+            within_a_save("optimizer"),
+            at_the_end_of("stack 0", 12),
+            at_the_start_of(1),
+            before_the_record("stacks/001"),
+            within_a_step("stack 2", 7),
+            *random_moments(seed=1, n=2),
+        ],
+    ),
+    "append mlm, fixed corruption, cache on disk, dropout": (
+        {
+            "curriculum.plan": "append",
+            "objective.kind": "mlm",
+            "objective.corruption": "fixed",
+            "cache.kind": "disk",
+            "model.dropout": 0.2,
+            "optimizer.microbatches": 2,
+        },
+        [
+            within_a_step("stack 1", 4),
+            within_a_save("head"),
+            before_the_record("stacks/002"),
+            *random_moments(seed=2, n=1),
+        ],
+    ),
+    "stackwise diffusion, fresh corruption, trunk in bf16, muon": (
+        {
+            "objective.kind": "diffusion",
+            "cache.kind": "recompute",
+            "curriculum.frozen": "bf16",
+            "optimizer.name": "muon",
+            "model.dropout": 0.1,
+        },
+        [within_a_step("stack 0", 10), at_the_end_of("stack 1", 12), *random_moments(seed=3, n=1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_any_moment_a_run_ends_as_if_it_never_was(case, tmp_path, compiled):
+    changes, moments = CASES[case]
+    env, whole, killed = environment(compiled=compiled), tmp_path / "whole", tmp_path / "killed"
+    finish(start("train", *arguments(changes, dir=whole), env=env))
+
+    kills, number = 0, 0
+    for moment in moments:
+        process = start("train", *arguments(changes, dir=killed), env=env)
+        if not kill_at(process, killed, moment):
+            finish(process)
+            continue
+        kills += 1
+        last = progress(killed)
+        assert (last.number if last else 0) >= number  # nothing that was committed is lost
+        number = last.number if last else 0
+    last = progress(killed)
+    begun_unfinished = last is not None and not last.finished
+    finish(start("train", *arguments(changes, dir=killed), env=env))
+    assert kills >= len(moments) - 2  # the random ones may come too late
+    assert_same_end(killed, whole)
+    if begun_unfinished:  # what the kills left half done is gone
+        assert not [path for path in killed.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_stopped_by_a_signal_a_run_saves_says_so_and_goes_on(tmp_path, compiled):
+    env, whole, stopped = environment(compiled=compiled), tmp_path / "whole", tmp_path / "stopped"
+    finish(start("train", *arguments(HOST, dir=whole), env=env))
+
+    # Ctrl-C between two checkpoints, then SIGTERM in the next phase: both leave a checkpoint of the very step.
+    for number, (phase, step) in ((signal.SIGINT, ("stack 0", 6)), (signal.SIGTERM, ("stack 1", 7))):
+        process = start("train", *arguments(HOST, dir=stopped), env=env)
+        signal_at(process, stopped, within_a_step(phase, step), number)
+        _, err = finish(process, code=130)
+        told = re.search(rf"stopped at phase '{phase}', step (\d+); the same command continues {stopped}", err)
+        last = progress(stopped)
+        assert told and last is not None and (last.phase, last.step) == (int(phase[-1]), int(told[1]))
+        assert last.step > step
+
+    # Twice: at once, without a save.
+    process = start("train", *arguments(HOST, dir=stopped), env=env)
+    signal_at(process, stopped, within_a_step("stack 2", 4), signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, code=130)
+    assert "once more to stop at once" in err or "stopped at phase" in err
+
+    out, _ = finish(start("train", *arguments(HOST, dir=stopped), env=env))
+    assert f"continuing {stopped}" in " ".join(out.split())
+    assert_same_end(stopped, whole)
+
+
+def test_what_a_kill_before_the_first_record_leaves_is_begun_anew(tmp_path, compiled):
+    """The directory is laid down in pieces; config.yaml comes last and makes it a run."""
+    env, whole, early = environment(compiled=compiled), tmp_path / "whole", tmp_path / "early"
+    (early / "tokenizer").mkdir(parents=True)
+    (early / "phases.json.tmp").write_text("[")
+    finish(start("train", *arguments(HOST, dir=whole), env=env))
+    finish(start("train", *arguments(HOST, dir=early), env=env))
+    assert_same_end(early, whole)
