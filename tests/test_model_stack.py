@@ -76,7 +76,7 @@ def test_unlike_blocks_are_unrolled():
     expected_BTD = run(BLOCK, params["block_000"], x_BTD)
     expected_BTD = run(OTHER, params["block_001"], expected_BTD)
     np.testing.assert_array_equal(run(stack, params, x_BTD), expected_BTD)
-    jaxpr = jax.make_jaxpr(lambda params: run(stack, params, x_BTD))(params)
+    jaxpr = jax.make_jaxpr(lambda params: stack.apply({"params": params}, x_BTD))(params)
     assert "scan" not in str(jaxpr)
 
 
@@ -296,11 +296,11 @@ def test_bf16_rack_has_float32_logits_near_those_of_fp32():
 def test_racks_are_static_arguments_equal_by_value():
     traces = []
 
-    def run(rack, params, tokens_BT):
+    def traced(rack, params, tokens_BT):
         traces.append(rack)
-        return run(rack, params, tokens_BT)
+        return rack.apply({"params": params}, tokens_BT)
 
-    jitted, tokens_BT = jax.jit(run, static_argnums=0), make_tokens()
+    jitted, tokens_BT = jax.jit(traced, static_argnums=0), make_tokens()
     params = make_rack().init_params(jax.random.key(0))
     first = jitted(make_rack(), params, tokens_BT)
     np.testing.assert_array_equal(first, jitted(make_rack(), params, tokens_BT))
@@ -314,7 +314,7 @@ def test_a_rack_learns():
     optimizer = optax.adam(1e-2)
 
     def loss(params):
-        logits_BTV = run(rack, params, tokens_BT[:, :-1])
+        logits_BTV = rack.apply({"params": params}, tokens_BT[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:]).mean()
 
     @jax.jit

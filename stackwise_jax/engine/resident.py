@@ -108,6 +108,10 @@ class Feed:
                 hidden_BTD = self._prefix(examples, visit)
             yield StepData(examples, hidden_BTD, lr, visit)
 
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        self._stream.close()
+
 
 def run_phase(
     compiled: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
@@ -124,10 +128,8 @@ def run_phase(
 
     Args:
         before_step: called with (step, the state before it, flush) to evaluate, save or stop; flush() delivers the
-        metrics
-            of all steps done so far.
-        on_metrics: called with (step, metrics as floats, seconds since the previous step's metrics), in order, once a
-        step.
+            metrics of all steps done so far.
+        on_metrics: called once a step, in order, with (step, metrics as floats, seconds since those of the step before).
     """
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     clock = time.perf_counter()

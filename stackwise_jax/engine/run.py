@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
 from typing import Any
 
 import jax
@@ -65,9 +66,17 @@ class PhaseWork:
     trainable: int
     not_trained: int
     step_bytes: int = 0  # device bytes of the compiled step
-    seconds: float = 0.0  # in this phase, earlier sessions included
+    started: float = 0.0  # perf_counter when this process took up the phase
+    before: float = 0.0  # seconds in this phase by earlier processes
+    stepping: float = 0.0  # seconds in the loop, by this process
+    done: int = 0  # steps, by this process
     skipped: int = 0  # non-finite steps in this phase
     history: list = dataclasses.field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the phase: placing, caching and compiling included, as is what earlier processes spent."""
+        return self.before + time.perf_counter() - self.started
 
 
 class Run:
@@ -160,11 +169,12 @@ class Run:
     # One phase.
 
     def _phase(self, index: int, progress: Progress | None) -> None:
-        start = progress.step if progress else 0
+        start, started = progress.step if progress else 0, time.perf_counter()
         work, state = self._set_up(index, start)
+        work.started = started
         phase = work.phase
         if progress and start:
-            work.seconds, work.skipped = progress.extra["seconds"], progress.extra["skipped"]
+            work.before, work.skipped = progress.extra["seconds"], progress.extra["skipped"]
             work.history = list(progress.extra["history"])
             opt = self.recorder.load_optimizer(progress, state.opt)
             state = resume_state(self.placement, state, opt, progress.step, progress.bad_steps)
@@ -173,16 +183,19 @@ class Run:
         first = next(feed)
         compiled = self.programs.get(work.spec, state, work.frozen, first, constants)
         work.step_bytes = compiled_bytes(compiled)["total"]
-        state = run_phase(
-            compiled,
-            state,
-            work.frozen,
-            constants,
-            _chain(first, feed),
-            range(start, phase.steps),
-            before_step=lambda step, state, flush: self._before_step(work, step, start, state, flush),
-            on_metrics=lambda step, metrics, seconds: self._on_metrics(work, step, metrics, seconds),
-        )
+        try:
+            state = run_phase(
+                compiled,
+                state,
+                work.frozen,
+                constants,
+                _chain(first, feed),
+                range(start, phase.steps),
+                before_step=lambda step, state, flush: self._before_step(work, step, start, state, flush),
+                on_metrics=lambda step, metrics, seconds: self._on_metrics(work, step, metrics, seconds),
+            )
+        finally:
+            work.feed.close()
         self._finish_phase(work, state)
 
     def _set_up(self, index: int, start: int) -> tuple[PhaseWork, TrainState]:
@@ -261,7 +274,8 @@ class Run:
 
     def _on_metrics(self, work: PhaseWork, step: int, metrics: dict[str, float], seconds: float) -> None:
         run, phase = self.config.run, work.phase
-        work.seconds += seconds
+        work.stepping += seconds
+        work.done += 1
         finite = metrics.pop("finite") > 0
         work.skipped += not finite
         bad_steps = int(metrics.pop("bad_steps"))
@@ -276,7 +290,7 @@ class Run:
         row |= {
             "steps": phase.steps,
             "tokens_per_second": tokens / max(seconds, 1e-9),
-            "seconds_left": left * work.seconds / max(step + 1, 1),
+            "seconds_left": left * work.stepping / work.done,
             "device_bytes": peak_device_bytes() or work.step_bytes,
             "host_bytes": peak_host_bytes(),
         }
