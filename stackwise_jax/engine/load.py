@@ -76,9 +76,7 @@ def _snapshot(
 def _placement(config: StackWiseConfig) -> Placement:
     """The mesh of the run where it fits the devices at hand, which need not be those of the training; else a device."""
     try:
-        # A run of many devices can be looked at on one: weights are split as in the run where the devices allow it.
-    fits = jax.device_count() % config.mesh.fsdp == 0
-    placement = Placement(make_mesh(MeshConfig(fsdp=config.mesh.fsdp if fits else 1)))
+        placement = Placement(make_mesh(config.mesh))
         placement.check_batch(config.data.batch_size)
         return placement
     except UsageError:
