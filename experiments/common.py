@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -42,6 +42,8 @@ def configure(file: str, changes: Mapping[str, Any], smoke: bool = False) -> Sta
     changes = {"run.sample_tokens": 0} | dict(changes) | (SMOKE if smoke else {})
     config = load_config(CONFIGS / file, [f"--{key}={value}" for key, value in changes.items()])
     validate(config)
+    if smoke:
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time at these sizes
     return config
 
 
@@ -55,9 +57,8 @@ class PhaseLoop:
         self._open = contextlib.ExitStack()
         folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
         self.setup = prepare(config, folder / "run")
-        nowhere = self._open.enter_context(open(os.devnull, "w", encoding="utf-8"))
         board = TensorBoardReporter(folder / "tensorboard", every=config.run.log_every)
-        reporter = Reporters([ConsoleReporter(Console(file=nowhere)), board])
+        reporter = Reporters([ConsoleReporter(Console(file=io.StringIO())), board])
         self._open.callback(reporter.close)
         self.run = Run(self.setup, reporter)
         self.run._open()
@@ -102,18 +103,25 @@ class PhaseLoop:
         self._open.close()
 
 
-def in_turns(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each piece of work. Every round runs all of them, each time beginning with another one, so
-    that what else happens on the machine meets all alike; the first round does not count."""
-    names, seconds = list(work), {name: [] for name in work}
+class Seconds(NamedTuple):
+    """Medians. cpu: of all threads of this process; it suffers less than wall time when others use the machine too."""
+
+    wall: float
+    cpu: float
+
+
+def in_turns(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Seconds]:
+    """Time of each piece of work. Every round runs all of them, each time beginning with another one, so that what else
+    happens on the machine meets all alike; the first round does not count."""
+    names, found = list(work), {name: [] for name in work}
     for number in range(rounds + 1):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             work[name]()
             if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: Seconds(*map(statistics.median, zip(*pairs, strict=True))) for name, pairs in found.items()}
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ TINY = {
     "run.tensorboard": "false",
     "run.sample_tokens": 0,
 }
+SHORT = {"curriculum.steps": 4, "run.save_every": 2, "run.eval_every": 0}  # changes that make it shorter still
 
 
 def arguments(changes: dict | None = None, **run_keys) -> list[str]:
@@ -112,3 +113,27 @@ def assert_same_end(run_dir: Path, reference: Path) -> None:
     told = ("name", "held_out_loss", "bits_per_byte", "tokens", "trainable_params", "skipped_steps")
     ours, theirs = ([{k: phase[k] for k in told} for phase in summary["phases"]] for summary in summaries)
     assert ours == theirs
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """All files in a directory, by path."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+class Said:
+    """The outcome of a command."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def answer(self) -> dict:
+        return json.loads(self.out.splitlines()[-1])
+
+    def refuses(self, code: int, *parts: str) -> None:
+        """One sentence on stderr with these parts, and this exit code."""
+        assert self.code == code, self.err
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1 and "Traceback" not in self.err
+        assert "--debug" not in self.err, "an error that nobody thought of"
+        for part in parts:
+            assert part in self.err

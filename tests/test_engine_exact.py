@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import leaves, losses, metrics, same_bits, saved, step_parts, summary, tiny, train
+from tiny import leaves, metrics, same_bits, saved, step_parts, summary, tiny, train
 
 from stackwise_jax.config.schema import CacheConfig
 from stackwise_jax.engine import load_rack, prepare
@@ -212,7 +212,9 @@ def test_the_model_handed_back_is_the_model_that_was_trained(frozen, tmp_path):
         "head": trees["head"],
         "stacks": {f"{i:03d}": run.weights.on_device(stack_item(i)) for i in range(3)},
     }
-    stored = {name: {leaf.dtype.name for leaf in jax.tree.leaves(tree)} for name, tree in loaded.params["stacks"].items()}
+    stored = {
+        name: {leaf.dtype.name for leaf in jax.tree.leaves(tree)} for name, tree in loaded.params["stacks"].items()
+    }
     trunk = {"bfloat16"} if frozen == "bf16" else {"float32"}
     assert stored == {"000": trunk, "001": trunk, "002": {"float32"}}
     assert same_bits(loaded.params, in_memory)

@@ -116,7 +116,8 @@ def test_optimizer_state_exists_only_for_what_learns(name):
 
 def test_schedules_have_their_shapes():
     cfg = OptimizerConfig(lr=2.0, warmup=0.1, decay=0.3, final_lr=0.1)
-    rates = {name: learning_rates(dataclasses.replace(cfg, schedule=name), 100) for name in ("constant", "cosine", "linear", "wsd")}
+    names = ("constant", "cosine", "linear", "wsd")
+    rates = {name: learning_rates(dataclasses.replace(cfg, schedule=name), 100) for name in names}
     for name, rate in rates.items():
         assert rate.shape == (100,) and rate.dtype == np.float32
         np.testing.assert_allclose(rate[:10], 0.2 * np.arange(1, 11), rtol=1e-6, err_msg=name)  # the first step moves

@@ -6,6 +6,7 @@ They change when initial values, data order, objective, optimizer or schedule ch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import threading
@@ -48,10 +49,8 @@ def first_losses(name: str, run_dir: Path) -> list[float]:
             if row["global_step"] >= n_steps:
                 stop.set()
 
-    try:
+    with contextlib.suppress(Interrupted):
         train(config, run_dir, reporter=StopAtTheEnd(), stop=stop)
-    except Interrupted:
-        pass
     return losses(run_dir)[:n_steps]
 
 

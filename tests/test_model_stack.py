@@ -176,6 +176,17 @@ def test_rack_init_and_apply_are_the_plain_functions(tie):
     np.testing.assert_allclose(hidden_BTD @ kernel_DV, logits_BTV, atol=1e-5)
 
 
+@pytest.mark.parametrize(("tie", "embed_std"), [(True, 0.03), (False, 0.03 * D**0.5)])
+def test_initial_scale_of_embedding_and_head(tie, embed_std):
+    rack = create_simple_rack(1, 1, D, 48, 4, 512, tie_embeddings=tie, init_std=0.03)
+    embedding = model.init_embed(rack, jax.random.key(0))["embedding"]
+    np.testing.assert_allclose(jnp.std(embedding), embed_std, rtol=0.02)
+    if not tie:
+        kernel_DV = model.init_head(rack, jax.random.key(0))["kernel"]
+        np.testing.assert_allclose(jnp.std(kernel_DV), 0.03, rtol=0.02)
+        assert abs(np.corrcoef(kernel_DV.T.ravel(), embedding.ravel())[0, 1]) < 0.05
+
+
 def test_stack_init_gives_the_documented_tree():
     stack = Stack((BLOCK,) * 3)
     params = stack.init(jax.random.key(0), make_input())["params"]

@@ -23,11 +23,23 @@ from stackwise_jax.engine.resident import constants_of, initial_state, split_pha
 from stackwise_jax.engine.step import StepData
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, stack_item
 
-TINY = (
-    "run.log_every=1 run.eval_batches=2 run.keep=100 run.tensorboard=false data.source=synthetic "
-    "data.synthetic_tokens=20000 data.seq_len=16 data.batch_size=4 model.d_model=32 model.n_heads=2 model.d_ff=48 "
-    "model.architecture.n_stacks=2 model.architecture.blocks_per_stack=1 curriculum.steps=3 optimizer.lr=5e-3"
-).split()
+TINY = [
+    "run.log_every=1",
+    "run.eval_batches=2",
+    "run.keep=100",
+    "run.tensorboard=false",
+    "data.source=synthetic",
+    "data.synthetic_tokens=20000",
+    "data.seq_len=16",
+    "data.batch_size=4",
+    "model.d_model=32",
+    "model.n_heads=2",
+    "model.d_ff=48",
+    "model.architecture.n_stacks=2",
+    "model.architecture.blocks_per_stack=1",
+    "curriculum.steps=3",
+    "optimizer.lr=5e-3",
+]
 
 
 def tiny(*changes: str) -> StackWiseConfig:

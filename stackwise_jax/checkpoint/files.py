@@ -70,11 +70,11 @@ def sync(path: Path) -> None:
 def write_json(path: Path, data: dict) -> None:
     """Write {"sha256", "data"} to a temporary file, force it to the disk, rename it to `path`."""
     text = json.dumps(data, sort_keys=True)
-    body = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "data": json.loads(text)}
+    body = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "data": data}
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(body, file, indent=1, sort_keys=True)
+            json.dump(body, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

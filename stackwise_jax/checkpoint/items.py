@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -245,10 +247,17 @@ def _save_arrays(path: Path, tree: dict) -> None:
         _checkpointer().save(path, args=ocp.args.PyTreeSave(tree))
 
 
+def _report_unraisable(report: Callable[[Any], Any], unraisable: Any) -> None:
+    """Report all but one thing: after a failed write TensorStore tells of the other writes to a loop that is closed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
+
+
 @functools.cache
 def _checkpointer():
     """One synchronous Orbax checkpointer for the process; its log lines are dropped: what fails is raised."""
     import orbax.checkpoint as ocp
 
+    sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())

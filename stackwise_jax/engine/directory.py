@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from stackwise_jax.checkpoint import Progress
+from stackwise_jax.checkpoint import Progress, writing
 from stackwise_jax.config import StackWiseConfig, differing_keys, load_config, resolved_yaml
 from stackwise_jax.curriculum import Plan, phase_table
 from stackwise_jax.data import Tokenizer
@@ -21,13 +21,14 @@ FREE_KEYS = frozenset(
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is either there whole or not at all."""
+    """Write a text file that is either there whole or not at all. Raises RunError when the disk does not take it."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def check_directory(run_dir: Path, config: StackWiseConfig) -> bool:
@@ -70,7 +71,8 @@ def check_tokenizer(run_dir: Path, progress: Progress, tokenizer: Tokenizer) -> 
 
 def create_directory(run_dir: Path, config: StackWiseConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     """Lay down what does not change during a run; config.yaml comes last and marks the directory as a run."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(run_dir / TOKENIZER)
     write_atomically(run_dir / PHASES, json.dumps(phase_table(plan), indent=2) + "\n")
     write_atomically(run_dir / CONFIG, resolved_yaml(config))

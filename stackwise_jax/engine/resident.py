@@ -10,6 +10,7 @@ The order of operations in `run_phase` is a contract:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.curriculum.phase import Phase
 from stackwise_jax.data import Loader
 from stackwise_jax.engine.optimizer import learning_rates, make_optimizer
@@ -63,11 +65,17 @@ def split_phase(spec: StepSpec, window: Window, embed: Tree, head: Tree, stacks:
 
 def initial_state(spec: StepSpec, placement: Placement, learning: Tree) -> TrainState:
     """A fresh state: step 0, optimizer state for what learns."""
-    make = make_optimizer(spec.optimizer).init
-    shardings = placement.params(jax.eval_shape(make, learning))
-    opt = jax.jit(make, out_shardings=shardings)(learning)
+    opt = _initial_optimizer(spec.optimizer, placement, learning)
+    opt = placement.put(opt, placement.params(opt))
     zero, bad = placement.put((np.int32(0), np.int32(0)), placement.replicated)
     return TrainState(zero, bad, learning, opt)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "placement"))
+def _initial_optimizer(cfg: OptimizerConfig, placement: Placement, learning: Tree) -> Tree:
+    """One compilation for all phases that learn trees of equal shape."""
+    opt = make_optimizer(cfg).init(learning)
+    return jax.lax.with_sharding_constraint(opt, placement.params(opt))
 
 
 class Feed:

@@ -23,9 +23,10 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); no biases.
 
     Initial values: matrices are normal with standard deviation 1 / sqrt(n_in), those that write into the residual
-    stream (`o` and `down`) with half of that; norm scales are one. Embedding and head are the Rack's. With
-    `freeze_up_proj` the up-projection keeps its initial values for good: `partition.split_fixed` keeps it out of what
-    learns.
+    stream (`o` and `down`) with a fifth of that (GPT-2's 1 / sqrt(2 * blocks) at 12 blocks, but the same at any depth,
+    so that regrouping and growing change no initial value); norm scales are one. Embedding and head are the Rack's.
+    With `freeze_up_proj` the up-projection keeps its initial values for good: `partition.split_fixed` keeps it out of
+    what learns.
 
     The residual stream and the matrices work in `compute_dtype`; norms, softmax and RoPE angles in float32. Dropout is
     on the two branches, just before they are added.

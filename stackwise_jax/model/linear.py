@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-RESIDUAL_GAIN = 0.5  # of the matrices that write into the residual stream; see Block
+RESIDUAL_GAIN = 0.2  # of the matrices that write into the residual stream; see Block
 
 
 def init_kernel(key: jax.Array, n_in: int, n_out: int, dtype: Any, gain: float = 1.0) -> jax.Array:

@@ -28,7 +28,7 @@ class Rack(nn.Module):
     d_model: int
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
-    init_std: float = 0.02  # of the embedding and the head
+    init_std: float = 0.02  # of the head; the embedding follows it, see functional.init_embed
     param_dtype: str = "fp32"
     compute_dtype: str = "fp32"
 

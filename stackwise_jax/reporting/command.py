@@ -91,7 +91,7 @@ def _explain(error: BaseException, interrupted: str) -> tuple[str, int]:
             return text or interrupted, INTERRUPTED
         case RunError():
             return text, FAILURE
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
             where = f" at {error.filename}" if error.filename else ""
             return f"the disk is full{where}; free some space and run the same command again", FAILURE
         case _:

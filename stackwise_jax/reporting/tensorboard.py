@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stackwise_jax.checkpoint import writing
 from stackwise_jax.curriculum.phase import Phase
 
 if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
 
 _STEP = {  # key of a step's row: tag
     "loss": "train/loss",
@@ -21,6 +24,7 @@ _STEP = {  # key of a step's row: tag
     "device_bytes": "memory/device_bytes",
     "host_bytes": "memory/host_bytes",
 }
+_FLUSH = 10.0  # seconds between the moments at which a viewer sees what is new
 _HELD_OUT = {"held_out_loss": "held_out/loss", "bits_per_byte": "held_out/bits_per_byte", "depth": "held_out/depth"}
 
 
@@ -28,27 +32,49 @@ class TensorBoardReporter:
     """Writes the steps and held-out figures of a run (engine.events.Reporter) as event files.
 
     Rows carry global_step. When a run goes on after a kill, what an earlier process wrote beyond the step at which it
-    goes on is purged, so that no curve runs back over itself.
+    goes on is purged, so that no curve runs back over itself. Everything is written by the caller's thread: a queue to
+    another one (as in tensorboardX's own writer) would block the run for ever once the disk is full.
 
     Args:
         directory: of the event files; made when the first figure is written.
         every: steps between points.
+
+    Raises:
+        RunError: (every method) the disk is full or not writable.
     """
 
     def __init__(self, directory: str | Path, every: int = 1):
-        self._directory = str(directory)
+        self._directory = Path(directory)
         self._every = every
-        self._writer: SummaryWriter | None = None
+        self._writer: EventsWriter | None = None
+        self._flushed = 0.0
 
     def _write(self, row: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        step = row["global_step"]
-        if self._writer is None:
-            from tensorboardX import SummaryWriter  # takes a while to import, and not every run writes curves
+        from tensorboardX.summary import scalar  # takes a while to import, and not every run writes curves
 
-            self._writer = SummaryWriter(self._directory, purge_step=step)
-        for key, tag in tags.items():
-            if row.get(key) is not None:
-                self._writer.add_scalar(tag, row[key], step)
+        step = row["global_step"]
+        with writing(self._directory):
+            for key, tag in tags.items():
+                if row.get(key) is not None:
+                    self._event(step, summary=scalar(tag, row[key]))
+            if time.monotonic() - self._flushed > _FLUSH:
+                self._flush()
+
+    def _event(self, step: int, **content: Any) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        if self._writer is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            # The number keeps two processes that start within a second from writing one file.
+            self._writer = EventsWriter(str(self._directory / "events"), f".{os.getpid()}")
+            self._event(step, session_log=SessionLog(status=SessionLog.START))
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def _flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+            self._flushed = time.monotonic()
 
     def note(self, text: str) -> None:
         """Not a curve."""
@@ -67,17 +93,21 @@ class TensorBoardReporter:
 
     def phase_end(self, result: Mapping[str, Any]) -> None:
         """Bring what was written to disk; the held-out figures of the end came as an evaluation."""
-        if self._writer is not None:
-            self._writer.flush()
+        with writing(self._directory):
+            self._flush()
 
     def finish(self, summary: Mapping[str, Any], sample: str | None = None) -> None:
         """Write the sample as text."""
         if self._writer is not None and sample:
-            self._writer.add_text("sample", sample)
+            from tensorboardX.summary import text
+
+            with writing(self._directory):
+                self._event(0, summary=text("sample", sample))
         self.close()
 
     def close(self) -> None:
-        """Bring everything to disk and end the writer's thread."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Bring everything to disk."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with writing(self._directory):
+                writer.close()

@@ -1,0 +1,412 @@
+"""No dead keys: changing any key of the configuration changes what is built, traced or done, or is refused.
+
+CASES holds for each key the settings under which it matters, another value for it, and an observer: a function of the
+configuration that looks at what the program makes of it, not at the configuration. A key without a case fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stackwise_jax import train
+from stackwise_jax.checkpoint import Store
+from stackwise_jax.config import load_config, resolved_yaml, run_directory, validate
+from stackwise_jax.config.keys import list_keys, list_names
+from stackwise_jax.config.schema import PhaseConfig, StackWiseConfig
+from stackwise_jax.data import load_tokenizer, training_texts
+from stackwise_jax.data.tokenizers import train_sentencepiece
+from stackwise_jax.engine import prepare, setup
+from stackwise_jax.engine import run as run_module
+from stackwise_jax.engine.directory import check_directory, create_directory
+from stackwise_jax.engine.dryrun import abstract_step
+from stackwise_jax.engine.prefix import PrefixCache
+from stackwise_jax.engine.programs import StepPrograms
+from stackwise_jax.engine.resident import Feed, step_spec
+from stackwise_jax.engine.step import train_step
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, stack_item
+from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.memory import cache as cache_module
+
+TINY = {
+    "data.source": "synthetic",
+    "data.synthetic_tokens": 400,
+    "data.seq_len": 8,
+    "data.batch_size": 2,
+    "model.d_model": 8,
+    "model.n_heads": 2,
+    "model.d_ff": 8,
+    "model.architecture.n_stacks": 2,
+    "model.architecture.blocks_per_stack": 1,
+    "curriculum.steps": 20,
+}
+Settings = dict[str, Any]
+Observer = Callable[[StackWiseConfig], Any]
+
+
+def configure(changes: Settings) -> StackWiseConfig:
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
+    return load_config(None, [f"--{key}={text}" for key, text in texts.items()])
+
+
+def built(config: StackWiseConfig) -> setup.Setup:
+    """What a run of this configuration is made of."""
+    return prepare(config, Path("no run directory"))
+
+
+# Observers.
+
+
+def directory(config: StackWiseConfig) -> Any:
+    return run_directory(config)
+
+
+def text(config: StackWiseConfig) -> Any:
+    """Training and held-out text, and the first batch."""
+    parts = built(config)
+    batch_id, examples = parts.loader().batch(0)
+    batch = [array.tolist() for array in examples]
+    return parts.train.fingerprint, parts.valid.fingerprint, batch_id, batch
+
+
+def tokenizer(config: StackWiseConfig) -> Any:
+    texts = lambda: training_texts(config.data, config.run.seed)
+    return load_tokenizer(config.tokenizer, texts, None).fingerprint
+
+
+def initial_values(config: StackWiseConfig) -> Any:
+    """The computation that makes the first weights."""
+    parts = built(config)
+    weights = Weights(parts.rack, parts.placement, None, jax.random.key(0))
+    items = (EMBED, HEAD, stack_item(0))
+    return [jax.jit(functools.partial(weights._make, item)).lower(jax.random.key(0)).as_text() for item in items]
+
+
+def steps(config: StackWiseConfig) -> Any:
+    """The training step of each phase as it goes to the compiler."""
+    parts, texts = built(config), []
+    weights = Weights(parts.rack, parts.placement, None, jax.random.key(0))
+    for phase in parts.plan.phases:
+        window = Window(parts.rack, phase)
+        spec = step_spec(parts.task(phase), phase, window)
+        arguments = abstract_step(parts, weights, spec, phase, window)
+        texts.append(jax.jit(functools.partial(train_step, spec)).lower(*arguments).as_text())
+    return texts
+
+
+def paths(config: StackWiseConfig) -> Any:
+    """Where the tokens of each phase go and which parts learn."""
+    parts = built(config)
+    specs = [(p, step_spec(parts.task(p), p, Window(parts.rack, p))) for p in parts.plan.phases]
+    learns = [(p.path, p.prefix, p.window, s.learns, s.train_embed, s.train_head) for p, s in specs]
+    return learns, [len(stack.blocks) for stack in parts.rack.stacks], parts.plan.start
+
+
+def names(config: StackWiseConfig) -> Any:
+    return [phase.name for phase in built(config).plan.phases]
+
+
+def rates(config: StackWiseConfig) -> Any:
+    """The learning rate that each step of each phase is fed, on the device."""
+    parts, fed = built(config), []
+    for phase in parts.plan.phases:
+        feed = Feed(phase, parts.loader(), lambda *_: None, None, parts.placement, 0, 0)  # type: ignore[arg-type]
+        fed.append([float(data.lr) for data in feed])
+    return fed
+
+
+def cache_choice(config: StackWiseConfig) -> Any:
+    """Whether and where each phase caches its prefix, and how many batches."""
+    parts = built(config)
+    cache = PrefixCache(config.cache, parts.placement, Path("unused"))
+    choices = [cache.choose(phase, parts.loader(), parts.task(phase)) for phase in parts.plan.phases]
+    return [(choice.use, choice.kind, choice.n_chunks) for choice in choices]
+
+
+def cache_contents(config: StackWiseConfig) -> Any:
+    """Where a cache that holds three batches puts them, and how far it reads ahead."""
+    parts, depths = built(config), []
+    phase = dataclasses.replace(parts.plan.phases[1], steps=3)
+
+    class Zeros:  # a prefix that costs nothing
+        items = ()
+
+        def __call__(self, examples, visit):
+            return jnp.zeros((config.data.batch_size, config.data.seq_len, 8))
+
+    own = Path.cwd() / "own"
+    with pytest.MonkeyPatch.context() as patch:
+        real = cache_module.read_ahead
+        patch.setattr(cache_module, "read_ahead", lambda *args: depths.append(args[2]) or real(*args))
+        cache, loader = PrefixCache(config.cache, parts.placement, own), parts.loader()
+        choice = cache.choose(phase, loader, parts.task(phase))
+        cache.prepare(Zeros(), None, phase, loader, choice.kind, "data")  # type: ignore[arg-type]
+        held = cache.bytes
+        list(cache.read([loader.batch_id(0)]))
+        cache.close()
+    return held, sorted(path.name for path in Path.cwd().iterdir() if path.is_dir()), depths
+
+
+def devices(config: StackWiseConfig) -> Any:
+    """The mesh, and what a group of processes is joined with."""
+    joined: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.distributed, "initialize", lambda *args: joined.append(args))
+        mesh = setup.start_devices(config).mesh
+    return mesh.shape, joined
+
+
+def resumed(config: StackWiseConfig) -> Any:
+    """Whether a run that was begun may go on."""
+    parts = built(config)
+    create_directory(Path("begun"), config, parts.plan, parts.tokenizer)
+    return check_directory(Path("begun"), config)
+
+
+def behaviour(config: StackWiseConfig) -> Any:
+    """What the train command leaves behind and says, with a step that learns nothing and is not finite from the third
+    on, and a sampler that repeats what it is asked for."""
+    batches: list[int] = []
+    numbers = itertools.count()
+
+    def step(state, frozen, data, constants):
+        bad = max(0, next(numbers) - 1)
+        return state, {"loss": 1.0, "bits_per_byte": 1.0, "accuracy": 0.0, "bad_steps": bad, "finite": bad == 0}
+
+    def held_out(*args, **_):
+        batches.append(sum(1 for arg in args if isinstance(arg, Iterator) for _ in arg))
+        return {"loss": 1.0, "bits_per_byte": 1.0, "accuracy": 0.0}
+
+    def sample(rack, params, tokenizer, prompt, *, max_tokens, **_):
+        return f"{prompt} and {max_tokens} tokens"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepPrograms, "get", lambda *_: step)
+        patch.setattr(run_module, "compiled_bytes", lambda _: {"total": 0})
+        patch.setattr(run_module, "held_out", held_out)
+        patch.setattr("stackwise_jax.sampling.sample_text", sample)
+        Path("run.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+        args = train.build_parser().parse_args(["--config", "run.yaml", "--run.dir", "here"])
+        try:
+            said = train.train(args)["sample"]
+        except RunError as error:
+            said = str(error)
+    metrics = Path("here/metrics.jsonl").read_text(encoding="utf-8")
+    return said, Store(Path("here/checkpoints"), keep=9).records(), metrics, batches, Path("here/tensorboard").exists()
+
+
+# Cases.
+
+
+class Case(NamedTuple):
+    value: Any  # another value than the base's
+    observe: Observer
+    base: Mapping[str, Any] = MappingProxyType({})  # what differs from TINY
+
+
+RUN = {"curriculum.plan": "rackwise", "model.architecture.n_stacks": 1, "curriculum.steps": 4, "run.tensorboard": False}
+RUN |= {"run.sample_tokens": 0, "run.save_every": 1}
+END_TO_END = {"curriculum.plan": "rackwise"}
+MLM, DIFFUSION = (END_TO_END | {"objective.kind": kind} for kind in ("mlm", "diffusion"))
+FILES = {"data.source": "text", "data.path": "a.txt"}
+JSONL = {"data.source": "jsonl", "data.path": "a.jsonl"}
+PIECES = FILES | {"tokenizer.kind": "file", "tokenizer.path": "a.model"}
+TRAINED = FILES | {"tokenizer.kind": "sentencepiece", "tokenizer.vocab_size": 300}
+DISK = {"cache.kind": "disk"}
+GROUP = {"mesh.num_processes": 2, "mesh.coordinator": "localhost:1234"}
+PHASES = [{"path": [0], "train": [0], "train_embed": True}, {"path": [0, 1], "train": [1]}]
+CUSTOM = {"curriculum.plan": "custom", "curriculum.phases": PHASES}
+
+CASES = {
+    "run.dir": Case("elsewhere", directory),
+    "run.name": Case("other", directory),
+    "run.seed": Case(1, text),
+    "run.resume": Case("never", resumed),
+    "run.save_every": Case(0, behaviour, RUN),
+    "run.keep": Case(1, behaviour, RUN),
+    "run.eval_every": Case(1, behaviour, RUN),
+    "run.eval_batches": Case(1, behaviour, RUN),
+    "run.log_every": Case(1, behaviour, RUN),
+    "run.max_bad_steps": Case(1, behaviour, RUN),
+    "run.tensorboard": Case(True, behaviour, RUN),
+    "run.sample_tokens": Case(5, behaviour, RUN),
+    "run.sample_prompt": Case("Once", behaviour, RUN | {"run.sample_tokens": 5}),
+    "data.source": Case("jsonl", text, {"data.source": "text", "data.path": "lines"}),
+    "data.path": Case("b.txt", text, FILES),
+    "data.valid_path": Case("b.txt", text, FILES),
+    "data.valid_fraction": Case(0.5, text, FILES),
+    "data.text_key": Case("other", text, JSONL),
+    "data.seq_len": Case(16, text),
+    "data.batch_size": Case(4, text),
+    "data.packing": Case("chunk", text, FILES),
+    "data.shuffle": Case(False, text),
+    "data.synthetic_tokens": Case(800, text),
+    "tokenizer.kind": Case("bytes", tokenizer, PIECES),
+    "tokenizer.vocab_size": Case(290, tokenizer, TRAINED),
+    "tokenizer.path": Case("b.model", tokenizer, PIECES),
+    "model.d_model": Case(16, steps, END_TO_END),
+    "model.n_heads": Case(4, steps, END_TO_END),
+    "model.n_kv_heads": Case(1, steps, END_TO_END),
+    "model.d_ff": Case(16, steps, END_TO_END),
+    "model.vocab_size": Case(300, steps, END_TO_END),
+    "model.vocab_multiple": Case(64, steps, END_TO_END),
+    "model.attention_preset": Case("efficient_gqa", steps, END_TO_END),
+    "model.attention_mode": Case("bidirectional", steps, MLM | {"objective.attention_mode": "model"}),
+    "model.use_rope": Case(False, steps, END_TO_END),
+    "model.rope_theta": Case(5000.0, steps, END_TO_END),
+    "model.dropout": Case(0.1, steps, END_TO_END),
+    "model.freeze_up_proj": Case(False, steps, END_TO_END),
+    "model.tie_embeddings": Case(True, steps, END_TO_END),
+    "model.norm_eps": Case(1e-5, steps, END_TO_END),
+    "model.init_std": Case(0.05, initial_values),
+    "model.param_dtype": Case("bf16", steps, END_TO_END),
+    "model.compute_dtype": Case("bf16", steps, END_TO_END),
+    "model.remat": Case(True, steps, END_TO_END),
+    "model.architecture.n_stacks": Case(3, paths),
+    "model.architecture.blocks_per_stack": Case(2, paths),
+    "objective.kind": Case("mlm", steps, END_TO_END),
+    "objective.mask_fraction": Case(0.5, steps, MLM),
+    "objective.noise": Case("elbo", steps, DIFFUSION),
+    "objective.min_fraction": Case(0.3, steps, DIFFUSION),
+    "objective.max_fraction": Case(0.6, steps, DIFFUSION),
+    "objective.schedule": Case("cosine", steps, DIFFUSION),
+    "objective.corruption": Case("fresh", cache_choice, {"objective.kind": "mlm"}),
+    "objective.attention_mode": Case("causal", steps, MLM),
+    "curriculum.plan": Case("append", paths),
+    "curriculum.steps": Case(21, rates),
+    "curriculum.block_size": Case(1, paths, {"curriculum.plan": "blockwise"}),
+    "curriculum.frozen": Case("bf16", steps, {"curriculum.plan": "custom", "curriculum.phases": [{"train": [0]}]}),
+    "curriculum.phases": Case(PHASES[:1], paths, CUSTOM),
+    "optimizer.name": Case("lion", steps, END_TO_END),
+    "optimizer.lr": Case(5e-3, rates),
+    "optimizer.schedule": Case("cosine", rates),
+    "optimizer.warmup": Case(0.2, rates),
+    "optimizer.decay": Case(0.5, rates),
+    "optimizer.final_lr": Case(0.5, rates),
+    "optimizer.weight_decay": Case(0.2, steps, END_TO_END),
+    "optimizer.b1": Case(0.8, steps, END_TO_END),
+    "optimizer.b2": Case(0.9, steps, END_TO_END),
+    "optimizer.eps": Case(1e-6, steps, END_TO_END),
+    "optimizer.grad_clip": Case(2.0, steps, END_TO_END),
+    "optimizer.microbatches": Case(2, steps, END_TO_END),
+    "cache.kind": Case("recompute", cache_choice),
+    "cache.host_budget": Case("600", cache_contents),  # one of three chunks of 512 bytes
+    "cache.disk_budget": Case("600", cache_contents, DISK),
+    "cache.dir": Case("elsewhere", cache_contents, DISK),
+    "cache.read_ahead": Case(3, cache_contents),
+    "mesh.data": Case(2, devices),
+    "mesh.fsdp": Case(2, devices),
+    "mesh.coordinator": Case("localhost:4321", devices, GROUP),
+    "mesh.num_processes": Case(3, devices, GROUP),
+    "mesh.process_id": Case(1, devices, GROUP),
+}
+
+# Of an entry of curriculum.phases that trains the second of two stacks.
+PHASE_CASES = {
+    "path": Case([1], paths),
+    "train": Case([0, 1], paths),
+    "train_embed": Case(True, paths),
+    "train_head": Case(False, paths),
+    "name": Case("other", names),
+    "steps": Case(3, rates),
+    "lr": Case(5e-3, rates),
+    "frozen": Case("bf16", steps, {"train": [0]}),
+    "objective": Case({"kind": "mlm"}, steps),
+}
+
+
+def case_of(key: str) -> tuple[Observer, Settings, Settings]:
+    """(observer, settings under which the key matters, the same with another value)."""
+    prefix, _, inner = key.partition("[].")
+    if not inner:
+        case = CASES[key]
+        return case.observe, TINY | case.base, TINY | case.base | {key: case.value}
+    section, _, name = inner.rpartition(".")
+    if section:
+        value, observe, base = CASES[inner]
+        objective = {k.split(".")[1]: v for k, v in base.items() if k.startswith("objective.")}
+        before, after = {"objective": objective}, {"objective": objective | {name: value}}
+    else:
+        value, observe, before = PHASE_CASES[inner]
+        after = before | {inner: value}
+    custom = lambda entry: TINY | CUSTOM | {prefix: [*PHASES[:-1], PHASES[-1] | entry]}
+    return observe, custom(before), custom(after)
+
+
+KEYS = [key.name for key in list_keys()] + list(list_names(PhaseConfig, "curriculum.phases[]."))
+
+
+# Tests.
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """The files that the cases name: text, JSON lines and two SentencePiece models."""
+    folder = tmp_path_factory.mktemp("files")
+    words = np.random.default_rng(0).integers(97, 123, (400, 5)).astype(np.uint8)
+    words = [bytes(word).decode() for word in words]
+    for name, part in {"a": words[:250], "b": words[250:]}.items():
+        paragraphs = [" ".join(part[i : i + 5]) for i in range(0, len(part), 5)]
+        (folder / f"{name}.txt").write_text("\n\n".join(paragraphs))
+        (folder / f"{name}.model").write_bytes(train_sentencepiece(paragraphs, 300))
+    lines = [json.dumps({"text": " ".join(words[i : i + 3]), "other": words[i]}) for i in range(60)]
+    for name in ("a.jsonl", "lines"):
+        (folder / name).write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def observe(files, tmp_path_factory) -> Callable[[Observer, Settings], Any]:
+    """observe(observer, settings): what it sees, from a fresh directory with the files; a refusal is a UsageError."""
+    seen: dict[str, Any] = {}
+
+    def look(observer: Observer, settings: Settings, again: bool = False) -> Any:
+        known = f"{observer.__name__} {json.dumps(settings, sort_keys=True)}"
+        if known not in seen or again:
+            folder = tmp_path_factory.mktemp("look")
+            shutil.copytree(files, folder, dirs_exist_ok=True)
+            config = configure(settings)
+            with contextlib.chdir(folder):
+                validate(config)
+                seen[known] = observer(config)
+        return seen[known]
+
+    return look
+
+
+def test_every_key_has_a_case():
+    assert set(CASES) == {key.name for key in list_keys()}
+    assert set(PHASE_CASES) == {name for name in list_names(PhaseConfig) if "." not in name}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_changing_a_key_changes_something(key, observe):
+    observer, before, after = case_of(key)
+    assert before != after
+    first = observe(observer, before)
+    try:
+        second = observe(observer, after)
+    except UsageError as refusal:
+        assert key.split(".")[-1] in str(refusal), f"{key}: refused for another reason: {refusal}"
+    else:
+        assert first != second, f"{key} is dead: {observer.__name__} sees no difference"
+
+
+@pytest.mark.parametrize("observer", {case.observe: None for case in CASES.values()}, ids=lambda o: o.__name__)
+def test_what_is_observed_depends_on_the_configuration_alone(observer, observe):
+    key = next(key for key, case in CASES.items() if case.observe is observer)
+    _, settings, _ = case_of(key)
+    assert observe(observer, settings) == observe(observer, settings, again=True)
