@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+pytest.register_assert_rewrite("processes", "tiny")  # so that their assertions show values too
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):

@@ -68,7 +68,8 @@ class TensorBoardReporter:
             self._directory.mkdir(parents=True, exist_ok=True)
             # The number keeps two processes that start within a second from writing one file.
             self._writer = EventsWriter(str(self._directory / "events"), f".{os.getpid()}")
-            self._event(step, session_log=SessionLog(status=SessionLog.START))
+            purge = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=step, session_log=purge))
         self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def _flush(self) -> None:
