@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 import shlex
 import tomllib
 from functools import cache
@@ -234,10 +235,17 @@ def snippet(page: Path, start: str) -> str:
     return block
 
 
-def test_plan_of_the_readme_is_a_plan():
+def run_snippet(page: Path, start: str, names: dict) -> dict:
+    """The names that exist once the snippet has run in the current directory with these names."""
+    Path("snippet.py").write_text(snippet(page, start))
+    return runpy.run_path("snippet.py", init_globals=names)
+
+
+def test_plan_of_the_readme_is_a_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = "stackwise_jax/curriculum/plans.py"
-    names = dict(vars(plans))
-    exec(compile(snippet(README, f"# {path}\n"), str(README), "exec"), names)
+    given = {name: value for name, value in vars(plans).items() if not name.startswith("__")}
+    names = run_snippet(README, f"# {path}\n", given)
     config = StackWiseConfig()
     plan = names["overlap"](plans.config_shape(config), config)
     assert [sorted(phase.train) for phase in plan.phases] == [[0], [0, 1], [1, 2], [2, 3]]
@@ -258,13 +266,12 @@ def test_python_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "quickstart.yaml").write_text(TINY)
-    names: dict = {}
-    exec(compile(snippet(README, "from pathlib"), str(README), "exec"), names)
+    names = run_snippet(README, "from pathlib", {})
     assert names["logits_BTV"].shape == (1, 16, 384)
     assert [phase["name"] for phase in names["summary"]["phases"]] == ["stack 0", "stack 1"]
     assert {entry.name for entry in Path("runs/from_python").iterdir()} <= RUN_ENTRIES
 
-    exec(compile(snippet(ROOT / "docs" / "checkpoints.md", "from stackwise_jax"), "checkpoints.md", "exec"), names)
+    names = run_snippet(ROOT / "docs" / "checkpoints.md", "from stackwise_jax", names)
     assert set(names["stack"]["blocks"]) == {"attn_norm", "attn", "mlp_norm", "mlp"}
 
 

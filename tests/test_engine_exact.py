@@ -134,6 +134,8 @@ def test_the_same_configuration_gives_the_same_bits_and_another_seed_others(tmp_
     assert first == second
     assert first != other
     assert same_bits(saved(tmp_path / "first"), saved(tmp_path / "second"))
+    hidden = [step_parts(tiny(f"run.seed={n}", *plan), examples=packed_examples()).batch() for n in (1, 2)]
+    assert not same_bits(hidden[0].weights_BT, hidden[1].weights_BT)
 
 
 # Gradients.
