@@ -1,6 +1,6 @@
 """The engine's step and loop against a bare jitted step of the same model, written by hand.
 
-    python experiments/bench_engine.py [--rounds N] [--steps N] [--smoke] [--json]
+    python experiments/bench_engine.py [--rounds N] [--steps N] [--set KEY=VALUE] [--smoke] [--json]
 
 Model, data and optimizer are those of configs/quickstart.yaml, end to end (plan rackwise). Four things take turns:
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     rounds, n = (2, 2) if args.smoke else (args.rounds, args.steps)
     changes = {"curriculum.plan": "rackwise", "curriculum.steps": (rounds + 2) * n, "run.save_every": 0}
-    with PhaseLoop(configure("quickstart.yaml", changes, args.smoke)) as loop:
+    with PhaseLoop(configure("quickstart.yaml", changes, args)) as loop:
         bare = {name: [*bare_step(loop, full_logits="full" in name)] for name in ("bare", "bare, full logits")}
         check_same_losses(loop, bare)
 

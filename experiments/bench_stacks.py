@@ -1,6 +1,6 @@
 """Stack by stack with the activation cache against end to end: time per step, bytes and compilations over depth.
 
-    python experiments/bench_stacks.py [step] [memory] [compile] [--rounds N] [--steps N] [--smoke] [--json]
+    python experiments/bench_stacks.py [step] [memory] [compile] [--set KEY=VALUE] [--smoke] [--json]
 
 The model is the quick start's, with stacks of two blocks. Without names, all three parts run:
 
@@ -14,8 +14,8 @@ The model is the quick start's, with stacks of two blocks. Without names, all th
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import dataclasses
 import sys
 import tempfile
 import time
@@ -39,23 +39,22 @@ SMOKE_DEPTHS = (4, 8)
 PARTS = ("step", "memory", "compile")
 
 
-def configuration(plan: str, blocks: int, smoke: bool, **changes: Any) -> StackWiseConfig:
+def configuration(plan: str, blocks: int, args: argparse.Namespace, **changes: Any) -> StackWiseConfig:
     """The quick start with so many blocks in stacks of two."""
     depth = {"model.architecture.n_stacks": blocks // BLOCKS_PER_STACK, "curriculum.plan": plan, "run.save_every": 0}
     depth["model.architecture.blocks_per_stack"] = BLOCKS_PER_STACK
-    return configure("quickstart.yaml", depth | changes, smoke)
+    return configure("quickstart.yaml", depth | changes, args)
 
 
-def measure_steps(blocks: int, rounds: int, n: int, smoke: bool) -> list[dict[str, Any]]:
+def measure_steps(blocks: int, rounds: int, n: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds per step, in turns: end to end, and the first, second and last phase with the cache."""
     changes = {"curriculum.steps": (rounds + 1) * n + 1, "cache.kind": "host"}
     last = blocks // BLOCKS_PER_STACK - 1
     with contextlib.ExitStack() as stack:
-        loops = {"end to end": PhaseLoop(configuration("rackwise", blocks, smoke, **changes))}
+        loops = {"end to end": stack.enter_context(PhaseLoop(configuration("rackwise", blocks, args, **changes)))}
         for index, name in {0: "first stack", 1: "second stack", last: "last stack"}.items():
-            loops[name] = PhaseLoop(configuration("stackwise", blocks, smoke, **changes), index)
-        for loop in loops.values():
-            stack.enter_context(loop)
+            loop = PhaseLoop(configuration("stackwise", blocks, args, **changes), index)
+            loops[name] = stack.enter_context(loop)
         work = {name: (lambda loop=loop: loop.loop(n)) for name, loop in loops.items()}
         seconds = in_turns(work, rounds)
         rows = []
@@ -69,8 +68,6 @@ def measure_steps(blocks: int, rounds: int, n: int, smoke: bool) -> list[dict[st
 
 def compile_phases(config: StackWiseConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Compile the step of every phase from shapes alone: (bytes of each phase, what compiling took)."""
-    if config.cache.kind != "host":
-        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kind="host"))
     with tempfile.TemporaryDirectory() as folder:
         setup = prepare(config, Path(folder))
     weights = Weights(setup.rack, setup.placement, None, jax.random.key(0))
@@ -88,12 +85,12 @@ def compile_phases(config: StackWiseConfig) -> tuple[list[dict[str, Any]], dict[
     return phases, took | {"all s": time.perf_counter() - start}
 
 
-def measure_depths(depths: Sequence[int], smoke: bool) -> tuple[list[dict], list[dict]]:
+def measure_depths(depths: Sequence[int], args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """(rows on memory, rows on compiling) of both plans at each depth."""
     memory, compiling = [], []
     for plan in ("rackwise", "stackwise"):
         for blocks in depths:
-            phases, took = compile_phases(configuration(plan, blocks, smoke))
+            phases, took = compile_phases(configuration(plan, blocks, args))
             compiling.append({"plan": plan, "blocks": blocks, "phases": len(phases)} | took)
             for index in sorted({0, 1, len(phases) - 1} & set(range(len(phases)))):
                 memory.append({"plan": plan, "blocks": blocks} | phases[index])
@@ -102,14 +99,14 @@ def measure_depths(depths: Sequence[int], smoke: bool) -> tuple[list[dict], list
 
 def count_compilations(depths: Sequence[int]) -> list[dict[str, Any]]:
     """All compilations of whole runs, held-out evaluation and checkpoints included."""
-    rows = []
+    rows, smallest = [], argparse.Namespace(smoke=True, set=[])
     for plan in ("rackwise", "stackwise"):
         for blocks in depths:
             changes = {"curriculum.steps": 1, "run.eval_batches": 1, "cache.kind": "host"}
             jax.clear_caches()
             with tempfile.TemporaryDirectory() as folder, counting_compilations() as seconds:
                 start = time.perf_counter()
-                Run(prepare(configuration(plan, blocks, True, **changes), Path(folder) / "run")).train()
+                Run(prepare(configuration(plan, blocks, smallest, **changes), Path(folder) / "run")).train()
                 total = time.perf_counter() - start
             row = {"plan": plan, "blocks": blocks, "compilations": len(seconds), "XLA s": sum(seconds), "run s": total}
             rows.append(row)
@@ -134,12 +131,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if "step" in parts:
         rounds, n = (2, 2) if args.smoke else (args.rounds, args.steps)
-        result["step"] = measure_steps(depths[0], rounds, n, args.smoke)
+        result["step"] = measure_steps(depths[0], rounds, n, args)
         print_table(
             f"{depths[0]} blocks, the engine's loop (target: last stack at most 1.1 of the first)", result["step"]
         )
     if "memory" in parts or "compile" in parts:
-        memory, compiling = measure_depths(depths, args.smoke)
+        memory, compiling = measure_depths(depths, args)
         if "memory" in parts:
             result["memory"] = memory
             print_table("Device bytes of the compiled step, in MiB", in_mib(memory))

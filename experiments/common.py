@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -37,12 +38,13 @@ SMOKE = {
 }
 
 
-def configure(file: str, changes: Mapping[str, Any], smoke: bool = False) -> StackWiseConfig:
-    """A configuration of configs/, changed; smoke: at the smallest sizes."""
-    changes = {"run.sample_tokens": 0} | dict(changes) | (SMOKE if smoke else {})
-    config = load_config(CONFIGS / file, [f"--{key}={value}" for key, value in changes.items()])
+def configure(file: str, changes: Mapping[str, Any], args: argparse.Namespace) -> StackWiseConfig:
+    """A configuration of configs/, changed; with --smoke at the smallest sizes, and with what --set says."""
+    changes = {"run.sample_tokens": 0} | dict(changes) | (SMOKE if args.smoke else {})
+    overrides = [f"--{key}={value}" for key, value in changes.items()] + [f"--{change}" for change in args.set]
+    config = load_config(CONFIGS / file, overrides)
     validate(config)
-    if smoke:
+    if args.smoke:
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time at these sizes
     return config
 
@@ -65,6 +67,7 @@ class PhaseLoop:
         self._open.callback(self.run.recorder.close)
         self._open.callback(self.run.cache.close)
         self.work, self.state = self.run._set_up(index, 0)
+        self._open.callback(self.work.feed.close)
         self._feed = iter(self.work.feed)
         self.example = next(self._feed)
         self.arguments = (self.work.frozen, self.example, self.work.constants)
@@ -154,6 +157,7 @@ def arguments(about: str) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes: shows in seconds that it works")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration key")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     return parser
 
@@ -161,7 +165,8 @@ def arguments(about: str) -> argparse.ArgumentParser:
 def finish(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
     """Print the JSON line if it was asked for; `result` with the machine and the version of jax."""
     device = jax.devices()[0]
-    result = {"device": f"{jax.device_count()} x {device.device_kind}", "jax": jax.__version__} | result
+    machine = {"device": f"{jax.device_count()} x {device.device_kind}", "cores": os.cpu_count()}
+    result = machine | {"jax": jax.__version__, "set": args.set} | result
     if args.json:
         print(json.dumps(result))
     return result

@@ -1,6 +1,6 @@
 """Does it learn? Training on a Markov source of 64 symbols whose entropy is known.
 
-    python experiments/learn_markov.py [--job NAME] [--smoke] [--json]
+    python experiments/learn_markov.py [--job NAME] [--set KEY=VALUE] [--smoke] [--json]
 
 Four jobs with twelve blocks of width 128: next-token training end to end (configs/markov.yaml) and stack by stack over
 a frozen trunk (configs/markov_append.yaml), masked and diffusion training end to end (markov.yaml with bert_style).
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         changes = changes | ({"curriculum.steps": 2, "model.architecture.n_stacks": 2} if args.smoke else {})
         with tempfile.TemporaryDirectory() as folder:
             run_dir = Path(folder) / "run"
-            setup = prepare(configure(file, changes, args.smoke), run_dir)
+            setup = prepare(configure(file, changes, args), run_dir)
             summary = Run(setup).train()
             row = {"job": name, "steps": sum(phase.steps for phase in setup.plan.phases)}
             row |= {"held-out loss": summary["held_out_loss"], "accuracy": accuracy(setup, run_dir)}

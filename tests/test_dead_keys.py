@@ -7,39 +7,36 @@ configuration that looks at what the program makes of it, not at the configurati
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from key_observers import (
+    behaviour,
+    cache_choice,
+    cache_contents,
+    devices,
+    directory,
+    initial_values,
+    names,
+    paths,
+    rates,
+    resumed,
+    steps,
+    text,
+    tokenizer,
+)
 
-from stackwise_jax import train
-from stackwise_jax.checkpoint import Store
-from stackwise_jax.config import load_config, resolved_yaml, run_directory, validate
+from stackwise_jax.config import load_config, validate
 from stackwise_jax.config.keys import list_keys, list_names
 from stackwise_jax.config.schema import PhaseConfig, StackWiseConfig
-from stackwise_jax.data import load_tokenizer, training_texts
 from stackwise_jax.data.tokenizers import train_sentencepiece
-from stackwise_jax.engine import prepare, setup
-from stackwise_jax.engine import run as run_module
-from stackwise_jax.engine.directory import check_directory, create_directory
-from stackwise_jax.engine.dryrun import abstract_step
-from stackwise_jax.engine.prefix import PrefixCache
-from stackwise_jax.engine.programs import StepPrograms
-from stackwise_jax.engine.resident import Feed, step_spec
-from stackwise_jax.engine.step import train_step
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, stack_item
-from stackwise_jax.errors import RunError, UsageError
-from stackwise_jax.memory import cache as cache_module
+from stackwise_jax.errors import UsageError
 
 TINY = {
     "data.source": "synthetic",
@@ -60,155 +57,6 @@ Observer = Callable[[StackWiseConfig], Any]
 def configure(changes: Settings) -> StackWiseConfig:
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
     return load_config(None, [f"--{key}={text}" for key, text in texts.items()])
-
-
-def built(config: StackWiseConfig) -> setup.Setup:
-    """What a run of this configuration is made of."""
-    return prepare(config, Path("no run directory"))
-
-
-# Observers.
-
-
-def directory(config: StackWiseConfig) -> Any:
-    return run_directory(config)
-
-
-def text(config: StackWiseConfig) -> Any:
-    """Training and held-out text, and the first batch."""
-    parts = built(config)
-    batch_id, examples = parts.loader().batch(0)
-    batch = [array.tolist() for array in examples]
-    return parts.train.fingerprint, parts.valid.fingerprint, batch_id, batch
-
-
-def tokenizer(config: StackWiseConfig) -> Any:
-    texts = lambda: training_texts(config.data, config.run.seed)
-    return load_tokenizer(config.tokenizer, texts, None).fingerprint
-
-
-def initial_values(config: StackWiseConfig) -> Any:
-    """The computation that makes the first weights."""
-    parts = built(config)
-    weights = Weights(parts.rack, parts.placement, None, jax.random.key(0))
-    items = (EMBED, HEAD, stack_item(0))
-    return [jax.jit(functools.partial(weights._make, item)).lower(jax.random.key(0)).as_text() for item in items]
-
-
-def steps(config: StackWiseConfig) -> Any:
-    """The training step of each phase as it goes to the compiler."""
-    parts, texts = built(config), []
-    weights = Weights(parts.rack, parts.placement, None, jax.random.key(0))
-    for phase in parts.plan.phases:
-        window = Window(parts.rack, phase)
-        spec = step_spec(parts.task(phase), phase, window)
-        arguments = abstract_step(parts, weights, spec, phase, window)
-        texts.append(jax.jit(functools.partial(train_step, spec)).lower(*arguments).as_text())
-    return texts
-
-
-def paths(config: StackWiseConfig) -> Any:
-    """Where the tokens of each phase go and which parts learn."""
-    parts = built(config)
-    specs = [(p, step_spec(parts.task(p), p, Window(parts.rack, p))) for p in parts.plan.phases]
-    learns = [(p.path, p.prefix, p.window, s.learns, s.train_embed, s.train_head) for p, s in specs]
-    return learns, [len(stack.blocks) for stack in parts.rack.stacks], parts.plan.start
-
-
-def names(config: StackWiseConfig) -> Any:
-    return [phase.name for phase in built(config).plan.phases]
-
-
-def rates(config: StackWiseConfig) -> Any:
-    """The learning rate that each step of each phase is fed, on the device."""
-    parts, fed = built(config), []
-    for phase in parts.plan.phases:
-        feed = Feed(phase, parts.loader(), lambda *_: None, None, parts.placement, 0, 0)  # type: ignore[arg-type]
-        fed.append([float(data.lr) for data in feed])
-    return fed
-
-
-def cache_choice(config: StackWiseConfig) -> Any:
-    """Whether and where each phase caches its prefix, and how many batches."""
-    parts = built(config)
-    cache = PrefixCache(config.cache, parts.placement, Path("unused"))
-    choices = [cache.choose(phase, parts.loader(), parts.task(phase)) for phase in parts.plan.phases]
-    return [(choice.use, choice.kind, choice.n_chunks) for choice in choices]
-
-
-def cache_contents(config: StackWiseConfig) -> Any:
-    """Where a cache that holds three batches puts them, and how far it reads ahead."""
-    parts, depths = built(config), []
-    phase = dataclasses.replace(parts.plan.phases[1], steps=3)
-
-    class Zeros:  # a prefix that costs nothing
-        items = ()
-
-        def __call__(self, examples, visit):
-            return jnp.zeros((config.data.batch_size, config.data.seq_len, 8))
-
-    own = Path.cwd() / "own"
-    with pytest.MonkeyPatch.context() as patch:
-        real = cache_module.read_ahead
-        patch.setattr(cache_module, "read_ahead", lambda *args: depths.append(args[2]) or real(*args))
-        cache, loader = PrefixCache(config.cache, parts.placement, own), parts.loader()
-        choice = cache.choose(phase, loader, parts.task(phase))
-        cache.prepare(Zeros(), None, phase, loader, choice.kind, "data")  # type: ignore[arg-type]
-        held = cache.bytes
-        list(cache.read([loader.batch_id(0)]))
-        cache.close()
-    return held, sorted(path.name for path in Path.cwd().iterdir() if path.is_dir()), depths
-
-
-def devices(config: StackWiseConfig) -> Any:
-    """The mesh, and what a group of processes is joined with."""
-    joined: list = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.distributed, "initialize", lambda *args: joined.append(args))
-        mesh = setup.start_devices(config).mesh
-    return mesh.shape, joined
-
-
-def resumed(config: StackWiseConfig) -> Any:
-    """Whether a run that was begun may go on."""
-    parts = built(config)
-    create_directory(Path("begun"), config, parts.plan, parts.tokenizer)
-    return check_directory(Path("begun"), config)
-
-
-def behaviour(config: StackWiseConfig) -> Any:
-    """What the train command leaves behind and says, with a step that learns nothing and is not finite from the third
-    on, and a sampler that repeats what it is asked for."""
-    batches: list[int] = []
-    numbers = itertools.count()
-
-    def step(state, frozen, data, constants):
-        bad = max(0, next(numbers) - 1)
-        return state, {"loss": 1.0, "bits_per_byte": 1.0, "accuracy": 0.0, "bad_steps": bad, "finite": bad == 0}
-
-    def held_out(*args, **_):
-        batches.append(sum(1 for arg in args if isinstance(arg, Iterator) for _ in arg))
-        return {"loss": 1.0, "bits_per_byte": 1.0, "accuracy": 0.0}
-
-    def sample(rack, params, tokenizer, prompt, *, max_tokens, **_):
-        return f"{prompt} and {max_tokens} tokens"
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepPrograms, "get", lambda *_: step)
-        patch.setattr(run_module, "compiled_bytes", lambda _: {"total": 0})
-        patch.setattr(run_module, "held_out", held_out)
-        patch.setattr("stackwise_jax.sampling.sample_text", sample)
-        Path("run.yaml").write_text(resolved_yaml(config), encoding="utf-8")
-        args = train.build_parser().parse_args(["--config", "run.yaml", "--run.dir", "here"])
-        try:
-            said = train.train(args)["sample"]
-        except RunError as error:
-            said = str(error)
-    metrics = Path("here/metrics.jsonl").read_text(encoding="utf-8")
-    return said, Store(Path("here/checkpoints"), keep=9).records(), metrics, batches, Path("here/tensorboard").exists()
-
-
-# Cases.
 
 
 class Case(NamedTuple):
@@ -347,9 +195,6 @@ def case_of(key: str) -> tuple[Observer, Settings, Settings]:
 
 
 KEYS = [key.name for key in list_keys()] + list(list_names(PhaseConfig, "curriculum.phases[]."))
-
-
-# Tests.
 
 
 @pytest.fixture(scope="module")
