@@ -8,7 +8,7 @@ Model, data and optimizer are those of configs/quickstart.yaml, end to end (plan
   clip and AdamW from optax with the same mask; the same data again and again, already on the device; no metrics;
 - bare, full logits: the same with a plain log-softmax over all logits;
 - step: the engine's compiled step alone, on data already on the device;
-- loop: the engine's whole loop (resident.run_phase under engine.Run), with its data feed, its reading of metrics,
+- loop: the engine's whole loop (run_phase under engine.Run), with its data feed, its reading of metrics,
   metrics.jsonl, console and TensorBoard.
 
 Overheads are ratios of medians to "bare", of wall time and of the CPU time of all threads. Before timing, the losses of
@@ -36,9 +36,9 @@ from stackwise_jax.model import combine, embed_tokens, final_hidden, head_kernel
 
 def bare_step(loop: PhaseLoop, *, full_logits: bool) -> tuple[Callable, Any]:
     """(step(state, examples) -> (state, loss), its first state (parameters, optimizer state))."""
-    task, cfg = loop.work.spec.task, loop.setup.config.optimizer
-    (stack,) = loop.work.spec.groups
-    fixed = jax.tree.map(jnp.copy, loop.work.frozen["stacks"][0])
+    executor, cfg = loop.executor, loop.setup.config.optimizer
+    task, (stack,) = executor.spec.task, executor.spec.groups
+    fixed = executor.frozen["stacks"][0]
     rule = optax.adamw(cfg.lr, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask)
     optimizer = optax.chain(optax.clip_by_global_norm(cfg.grad_clip), rule)
 
@@ -66,7 +66,7 @@ def bare_step(loop: PhaseLoop, *, full_logits: bool) -> tuple[Callable, Any]:
         updates, opt = optimizer.update(grads, opt, params)
         return (optax.apply_updates(params, updates), opt), value
 
-    params = jax.tree.map(jnp.copy, loop.state.learning)
+    params = jax.tree.map(jnp.copy, executor.state.learning)
     state = (params, optimizer.init(params))
     compiled = jax.jit(step, donate_argnums=0).lower(state, fixed, loop.example.examples).compile()
     return lambda state, examples: compiled(state, fixed, examples), state
@@ -77,7 +77,6 @@ def check_same_losses(loop: PhaseLoop, bare: dict[str, list], n: int = 3) -> Non
     # Steps on one batch at the full rate, as the bare step takes them.
     lr = jax.device_put(jnp.float32(loop.setup.config.optimizer.lr), loop.example.lr.sharding)
     loop.example = loop.example._replace(lr=lr)
-    loop.arguments = (loop.arguments[0], loop.example, loop.arguments[2])
     engine = [loop.steps_alone(1)["loss"] for _ in range(n)]
     for name, (step, state) in bare.items():
         losses = []

@@ -62,7 +62,7 @@ def measure_steps(blocks: int, rounds: int, n: int, args: argparse.Namespace) ->
             (wall, cpu), first = seconds[name], seconds["first stack"]
             row = {"": name, "ms per step": 1e3 * wall / n, "to first": wall / first.wall}
             row |= {"CPU ms per step": 1e3 * cpu / n, "CPU to first": cpu / first.cpu}
-            rows.append(row | {"MiB": loop.bytes["total"] / 2**20})
+            rows.append(row | {"MiB": loop.executor.step_bytes / 2**20})
     return rows
 
 

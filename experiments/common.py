@@ -21,8 +21,7 @@ from rich.table import Table
 
 from stackwise_jax.config import StackWiseConfig, load_config, validate
 from stackwise_jax.engine import Run, prepare
-from stackwise_jax.engine.programs import compiled_bytes
-from stackwise_jax.engine.resident import run_phase
+from stackwise_jax.engine.loop import run_phase
 from stackwise_jax.reporting import ConsoleReporter, Reporters, TensorBoardReporter
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -66,37 +65,33 @@ class PhaseLoop:
         self.run._open()
         self._open.callback(self.run.recorder.close)
         self._open.callback(self.run.cache.close)
-        self.work, self.state = self.run._set_up(index, 0)
+        self.work, self.executor = self.run._set_up(index, 0, time.perf_counter())
         self._open.callback(self.work.feed.close)
         self._feed = iter(self.work.feed)
         self.example = next(self._feed)
-        self.arguments = (self.work.frozen, self.example, self.work.constants)
-        self.compiled = self.run.programs.get(self.work.spec, self.state, *self.arguments)
-        self.bytes = compiled_bytes(self.compiled)
-        self.work.step_bytes = self.bytes["total"]
+        self.executor.compile(self.example)
+        self.work.step_bytes = self.executor.step_bytes
         self._step = 0
 
     def loop(self, n: int) -> None:
         """The engine's own loop: data feed, step, metrics read, logged and reported."""
-        run, work, first = self.run, self.work, self._step
+        run, work, executor, first = self.run, self.work, self.executor, self._step
         self._step += n
-        self.state = run_phase(
-            self.compiled,
-            self.state,
-            *(self.arguments[0], self.arguments[2]),
+        run_phase(
+            executor.step,
             itertools.islice(self._feed, n),
             range(first, first + n),
-            before_step=lambda step, state, flush: run._before_step(work, step, 0, state, flush),
+            before_step=lambda step, flush: run._before_step(work, executor, step, 0, flush),
             on_metrics=lambda step, metrics, seconds: run._on_metrics(work, step, metrics, seconds),
         )
-        jax.block_until_ready(self.state)
+        jax.block_until_ready(executor.state)
 
     def steps_alone(self, n: int) -> dict[str, float]:
         """The compiled step by itself, n times on the same data; the metrics of the last."""
         metrics: dict[str, jax.Array] = {}
         for _ in range(n):
-            self.state, metrics = self.compiled(self.state, *self.arguments)
-        jax.block_until_ready(self.state)
+            metrics = self.executor.step(self.example)
+        jax.block_until_ready(self.executor.state)
         return {name: float(value) for name, value in metrics.items()}
 
     def __enter__(self) -> PhaseLoop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
@@ -86,7 +87,9 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
             run = Run(setup, reporter, stop)
             summary = run.train()
         if first:
-            sample = None if run.was_finished else text_sample(config, run_dir)
+            was_finished = run.was_finished
+            del run, setup  # the sample loads the model anew, from its checkpoint
+            sample = None if was_finished else text_sample(config, run_dir)
             reporter.finish(summary, sample)
             summary["sample"] = sample
     except Interrupted as stopped:
@@ -96,16 +99,16 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     return summary if first else None
 
 
-def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any] | None:
+def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any]:
     """Print what each phase does and needs; nothing is written."""
     from stackwise_jax.engine import prepare
     from stackwise_jax.engine.dryrun import plan_rows
     from stackwise_jax.reporting import make_console
 
-    setup = prepare(config, run_dir)
+    # What the other processes would do is not waited for: a dry run looks at the devices of this one.
+    alone = dataclasses.replace(config.mesh, num_processes=1, process_id=0, coordinator=None)
+    setup = prepare(dataclasses.replace(config, mesh=alone), run_dir)
     rows, rack, console = plan_rows(setup), setup.rack, make_console()
-    if config.mesh.process_id:
-        return None
     learns = rack.parameter_count(trainable_only=True)
     console.print(
         f"{len(rack.stacks)} stacks of {list(setup.plan.stack_sizes)} blocks, {rack.parameter_count():,} parameters "

@@ -28,15 +28,16 @@ def share_of_a_device(tree) -> float:
     return max(held.values()) / sum(leaf.nbytes for leaf in leaves)
 
 
-def watched_phase(compiled, state, frozen, constants, feed, steps, **calls):
-    first = next(feed)
+def watched_phase(step, feed, steps, **calls):
+    first, executor = next(feed), step.__self__
+    state = executor.state
     seen.append({"learning": share_of_a_device(state.learning), "optimizer": share_of_a_device(state.opt)})
     seen[-1]["examples"] = share_of_a_device(first.examples)
     if first.hidden_BTD is not None:
         seen[-1]["hidden"] = share_of_a_device(first.hidden_BTD)
-    state = run_phase(compiled, state, frozen, constants, itertools.chain([first], feed), steps, **calls)
-    seen[-1]["after"] = share_of_a_device(state.learning)
-    return state
+    del state
+    run_phase(step, itertools.chain([first], feed), steps, **calls)
+    seen[-1]["after"] = share_of_a_device(executor.state.learning)
 
 
 def watched_fill(cache, key, ids, produce, progress=None):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from stackwise_jax import train
@@ -21,13 +20,14 @@ from stackwise_jax.checkpoint import Store
 from stackwise_jax.config import resolved_yaml, run_directory
 from stackwise_jax.config.schema import StackWiseConfig
 from stackwise_jax.data import load_tokenizer, training_texts
-from stackwise_jax.engine import prepare, setup
+from stackwise_jax.engine import prepare, resident, setup
 from stackwise_jax.engine import run as run_module
 from stackwise_jax.engine.directory import check_directory, create_directory
 from stackwise_jax.engine.dryrun import abstract_step
-from stackwise_jax.engine.prefix import PrefixCache
+from stackwise_jax.engine.loop import Feed
+from stackwise_jax.engine.prefix import Prefix, PrefixCache
 from stackwise_jax.engine.programs import StepPrograms
-from stackwise_jax.engine.resident import Feed, step_spec
+from stackwise_jax.engine.resident import step_spec
 from stackwise_jax.engine.step import train_step
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, stack_item
 from stackwise_jax.errors import RunError
@@ -112,21 +112,16 @@ def cache_choice(config: StackWiseConfig) -> Any:
 def cache_contents(config: StackWiseConfig) -> Any:
     """Where a cache that holds three batches puts them, and how far it reads ahead."""
     parts, depths = built(config), []
-    phase = dataclasses.replace(parts.plan.phases[1], steps=3)
-
-    class Zeros:  # a prefix that costs nothing
-        items = ()
-
-        def __call__(self, examples, visit):
-            return jnp.zeros((config.data.batch_size, config.data.seq_len, 8))
-
-    own = Path.cwd() / "own"
+    phase, key = dataclasses.replace(parts.plan.phases[1], steps=3), jax.random.key(0)
+    task, loader, weights = parts.task(phase), parts.loader(), Weights(parts.rack, parts.placement, None, key)
+    prefix = Prefix(weights, phase, task, parts.placement, key)
+    for item in prefix.items:
+        weights.grow(item)
     with pytest.MonkeyPatch.context() as patch:
         real = cache_module.read_ahead
         patch.setattr(cache_module, "read_ahead", lambda *args: depths.append(args[2]) or real(*args))
-        cache, loader = PrefixCache(config.cache, parts.placement, own), parts.loader()
-        choice = cache.choose(phase, loader, parts.task(phase))
-        cache.prepare(Zeros(), None, phase, loader, choice.kind, "data")  # type: ignore[arg-type]
+        cache = PrefixCache(config.cache, parts.placement, Path("own"))
+        cache.prepare(prefix, weights, phase, loader, cache.choose(phase, loader, task).kind, "data")
         held = cache.bytes
         list(cache.read([loader.batch_id(0)]))
         cache.close()
@@ -144,9 +139,9 @@ def devices(config: StackWiseConfig) -> Any:
 
 def resumed(config: StackWiseConfig) -> Any:
     """Whether a run that was begun may go on."""
-    parts = built(config)
-    create_directory(Path("begun"), config, parts.plan, parts.tokenizer)
-    return check_directory(Path("begun"), config)
+    parts = prepare(config, Path("begun"))
+    create_directory(parts)
+    return check_directory(parts)
 
 
 def behaviour(config: StackWiseConfig) -> Any:
@@ -168,7 +163,7 @@ def behaviour(config: StackWiseConfig) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepPrograms, "get", lambda *_: step)
-        patch.setattr(run_module, "compiled_bytes", lambda _: {"total": 0})
+        patch.setattr(resident, "compiled_bytes", lambda _: {"total": 0})
         patch.setattr(run_module, "held_out", held_out)
         patch.setattr("stackwise_jax.sampling.sample_text", sample)
         Path("run.yaml").write_text(resolved_yaml(config), encoding="utf-8")

@@ -29,6 +29,7 @@ README, CONFIGURATION = ROOT / "README.md", ROOT / "docs" / "configuration.md"
 PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
 COMMANDS = ("train", "evaluate", "generate", "inspect")
 RUN_ENTRIES = {
+    "rack.json",
     *(directory.CONFIG, directory.PHASES, directory.METRICS, directory.SUMMARY, directory.TOKENIZER),
     *(directory.CHECKPOINTS, directory.TENSORBOARD, directory.CACHE),
 }

@@ -19,7 +19,8 @@ from tiny import leaves, losses, metrics, same_bits, saved, step_parts, summary,
 from stackwise_jax.engine import NullReporter, Run, load_rack, prepare
 from stackwise_jax.engine.dryrun import abstract_step
 from stackwise_jax.engine.heldout import HELD_OUT_SEED, held_out, held_out_batches
-from stackwise_jax.engine.resident import run_phase, step_spec
+from stackwise_jax.engine.loop import run_phase
+from stackwise_jax.engine.resident import step_spec
 from stackwise_jax.engine.step import batch_gradients, train_step
 from stackwise_jax.engine.weights import Weights, Window, learning_items, stack_item
 from stackwise_jax.errors import RunError, UsageError
@@ -46,12 +47,12 @@ def phases(tmp_path_factory) -> list[SimpleNamespace]:
     class Snapshots(NullReporter):
         def phase_end(self, result):
             in_memory = {item: jax.device_get(tree) for item, tree in run.weights.trees.items()}
-            ends.append(SimpleNamespace(versions=result["versions"], in_memory=in_memory))
+            ends.append(SimpleNamespace(versions=dict(run.weights.versions), in_memory=in_memory))
 
     # Without weight decay nothing moves that no gradient reaches.
     config = tiny(
         "curriculum.plan=custom", f"curriculum.phases={PHASES}", "model.architecture.n_stacks=3",
-        "optimizer.weight_decay=0", "curriculum.steps=2",
+        "optimizer.weight_decay=0", "curriculum.steps=2", "run.keep=20",
     )  # fmt: skip
     run = Run(prepare(config, run_dir), Snapshots())
     run.train()
@@ -157,10 +158,14 @@ def test_the_loop_moves_nothing_between_host_and_device_unasked():
     step, seen = parts.compiled(), []
 
     def loop(data) -> None:
+        state = parts.state()
         run_phase(
-            step, parts.state(), parts.frozen, parts.constants, iter([data]), range(1),
-            before_step=lambda *_: None, on_metrics=lambda step, *_: seen.append(step),
-        )  # fmt: skip
+            lambda data: step(state, parts.frozen, data, parts.constants)[1],
+            iter([data]),
+            range(1),
+            before_step=lambda *_: None,
+            on_metrics=lambda step, *_: seen.append(step),
+        )
 
     loop(parts.data)
     assert seen == [0]
@@ -268,7 +273,7 @@ def test_a_rack_built_by_hand_trains_and_loads(plan, tmp_path):
     learned = [sorted(phase.train) for phase in run.phases]
     assert learned == ([[0], [2]] if plan == "stackwise" else [[0, 2]])
     initial = jax.jit(rack.init_params)(jax.random.key(0))
-    loaded = load_rack(run_dir, rack=rack_by_hand())
+    loaded = load_rack(run_dir)
     changed = [not same_bits(tree, initial["stacks"][name]) for name, tree in loaded.params["stacks"].items()]
     assert changed == [True, False, True]
     assert loaded.params["stacks"]["002"]["blocks"]["mlp"]["up"]["kernel"].shape == (1, 32, 64)

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,25 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(path, doomed)
     shutil.rmtree(doomed)
+
+
+def plain(value: Any) -> Any:
+    """The value in terms of JSON; numpy and JAX scalars and arrays become numbers and lists, paths become text.
+
+    Numbers that JSON does not know (nan, inf) become null.
+    """
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): plain(entry) for key, entry in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [plain(entry) for entry in value]
+        case Path():
+            return str(value)
+        case _ if hasattr(value, "tolist"):
+            return plain(value.tolist())
+        case _:
+            raise TypeError(f"{type(value).__name__} has no place in JSON")

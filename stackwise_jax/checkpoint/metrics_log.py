@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from stackwise_jax.checkpoint.files import writing
+from stackwise_jax.checkpoint.files import plain, writing
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class MetricsLog:
         """Add one line. Numbers may be numpy or jax scalars; a number that is not finite becomes null."""
         if self._file is None:
             return
-        line = json.dumps({key: _plain(value) for key, value in row.items()}) + "\n"
+        line = json.dumps(plain(row)) + "\n"
         rest = memoryview(line.encode())
         with writing(self.path):
             while rest:  # a nearly full disk takes a part of the line and refuses the rest
@@ -73,10 +72,3 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able form of a value; NaN and infinities, which JSON does not know, become None."""
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

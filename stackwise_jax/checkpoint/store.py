@@ -137,6 +137,14 @@ class Store:
         """One progress record. Raises RunError when it is missing or damaged."""
         return read_progress(self._record(number))
 
+    def lock(self) -> None:
+        """Make sure that no other process writes here; the first write does the same. All processes of a run call it.
+
+        Raises:
+            RunError: another run is writing here.
+        """
+        by_first_process(self._open)
+
     def close(self) -> None:
         """Let another process write here. The end of the process does the same."""
         if self._lock is not None:

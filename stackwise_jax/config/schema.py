@@ -92,7 +92,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # the head's kernel is the embedding
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     init_std: float = 0.02  # of the initial head; of the embedding times sqrt(d_model), or the same where tied
-    param_dtype: Dtype = "fp32"  # of what learns
+    param_dtype: Literal["fp32", "bf16"] = "fp32"  # of what learns
     compute_dtype: Dtype = "fp32"  # of activations and matrix products; norms and softmax are fp32
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)

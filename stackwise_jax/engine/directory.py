@@ -7,17 +7,33 @@ import os
 from pathlib import Path
 
 from stackwise_jax.checkpoint import Progress, writing
-from stackwise_jax.config import StackWiseConfig, differing_keys, load_config, resolved_yaml
-from stackwise_jax.curriculum import Plan, phase_table
-from stackwise_jax.data import Tokenizer
+from stackwise_jax.config import differing_keys, load_config, resolved_yaml
+from stackwise_jax.curriculum import phase_table
+from stackwise_jax.engine.setup import Setup
 from stackwise_jax.errors import UsageError
+from stackwise_jax.model import Rack, rack_from_dict, rack_to_dict
 
+RACK = "rack.json"
 CONFIG, PHASES, METRICS, SUMMARY = "config.yaml", "phases.json", "metrics.jsonl", "summary.json"
 TOKENIZER, CHECKPOINTS, TENSORBOARD, CACHE = "tokenizer", "checkpoints", "tensorboard", "cache"
 # Keys that say where and how a run is continued, not what it computes.
 FREE_KEYS = frozenset(
-    {"run.resume", "run.dir", "run.name", "mesh.coordinator", "mesh.process_id", "mesh.num_processes"}
+    {
+        "run.resume",
+        "run.dir",
+        "run.name",
+        "run.keep",
+        "run.save_every",
+        "run.tensorboard",
+        "cache.dir",
+        "cache.read_ahead",
+        "mesh.coordinator",
+        "mesh.process_id",
+        "mesh.num_processes",
+    }
 )
+# Under cache.kind auto the budgets decide whether tokens are met again, otherwise only where the activations lie.
+BUDGETS = frozenset({"cache.host_budget", "cache.disk_budget"})
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -31,19 +47,20 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
 
 
-def check_directory(run_dir: Path, config: StackWiseConfig) -> bool:
+def check_directory(setup: Setup) -> bool:
     """Whether a run of this configuration was begun here.
 
     Raises:
-        UsageError: the directory holds a run of another configuration or something else, or run.resume forbids.
+        UsageError: the directory holds a run of another configuration or rack or something else, or run.resume forbids.
     """
+    run_dir, config = setup.run_dir, setup.config
     if not run_dir.exists():
         return False
     if not run_dir.is_dir():
         raise UsageError(f"run.dir {run_dir} is a file; name a directory")
     if not (run_dir / CONFIG).exists():
-        strange = {entry.name for entry in run_dir.iterdir()} - {TOKENIZER, PHASES, PHASES + ".tmp", CONFIG + ".tmp"}
-        if strange:
+        begun = {TOKENIZER, *(name + end for name in (PHASES, RACK, CONFIG) for end in ("", ".tmp"))}
+        if strange := {entry.name for entry in run_dir.iterdir()} - begun:
             names = ", ".join(sorted(strange)[:3])
             raise UsageError(f"run.dir {run_dir} holds files that are no run ({names}); name another run.dir")
         return False
@@ -52,27 +69,64 @@ def check_directory(run_dir: Path, config: StackWiseConfig) -> bool:
             f"run.dir {run_dir} holds a run and run.resume is never; name another run.dir or run.resume auto"
         )
     before = load_config(str(run_dir / CONFIG))
-    if keys := [key for key in differing_keys(before, config) if key not in FREE_KEYS]:
+    free = FREE_KEYS if "auto" in (before.cache.kind, config.cache.kind) else FREE_KEYS | BUDGETS
+    if keys := [key for key in differing_keys(before, config) if key not in free]:
         raise UsageError(
             f"run.dir {run_dir} was made with another configuration: {', '.join(keys)} differ; "
             "give the same values to continue it, or name another run.dir"
         )
+    if read_rack(run_dir) != setup.rack:
+        raise UsageError(f"the rack is not that of {run_dir / RACK}; give the same one, or name another run.dir")
     return True
 
 
-def check_tokenizer(run_dir: Path, progress: Progress, tokenizer: Tokenizer) -> None:
-    """Raises UsageError unless the tokenizer is the one whose ids the saved weights know."""
-    if progress.data["tokenizer"] != tokenizer.fingerprint:
+def read_rack(run_dir: Path) -> Rack:
+    """The rack of a run, also one that was built by hand.
+
+    Raises:
+        UsageError: the file is missing or does not describe a rack.
+    """
+    try:
+        return rack_from_dict(json.loads((run_dir / RACK).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{run_dir / RACK} does not describe a rack ({error}); restore it from a copy") from error
+
+
+def fingerprints(setup: Setup) -> dict[str, str]:
+    """Of what a run must find again as it was: its text and its tokenizer."""
+    return {
+        "fingerprint": setup.train.fingerprint,
+        "held_out": setup.valid.fingerprint,
+        "tokenizer": setup.tokenizer.fingerprint,
+    }
+
+
+def check_unchanged(run_dir: Path, progress: Progress, found: dict[str, str]) -> None:
+    """Compare what was found (all of `fingerprints` or a part) with what the run was begun with.
+
+    Raises:
+        UsageError: the text or the tokenizer has changed since.
+    """
+    if found["tokenizer"] != progress.data["tokenizer"]:
         raise UsageError(
             f"the tokenizer in {run_dir / TOKENIZER} is not the one that the checkpoints of {run_dir} were trained "
             "with; restore that folder from a copy, or train in another run.dir"
         )
+    texts = {"fingerprint": ("training", "data.path"), "held_out": ("held-out", "data.valid_path or data.path")}
+    for name, (what, key) in texts.items():
+        if name in found and found[name] != progress.data[name]:
+            raise UsageError(
+                f"the {what} text is not the one that {run_dir} was begun with; restore {key} (or data.source), "
+                "evaluate on a file with --data.path, or name another run.dir"
+            )
 
 
-def create_directory(run_dir: Path, config: StackWiseConfig, plan: Plan, tokenizer: Tokenizer) -> None:
+def create_directory(setup: Setup) -> None:
     """Lay down what does not change during a run; config.yaml comes last and marks the directory as a run."""
+    run_dir = setup.run_dir
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run_dir / TOKENIZER)
-    write_atomically(run_dir / PHASES, json.dumps(phase_table(plan), indent=2) + "\n")
-    write_atomically(run_dir / CONFIG, resolved_yaml(config))
+    setup.tokenizer.save(run_dir / TOKENIZER)
+    write_atomically(run_dir / PHASES, json.dumps(phase_table(setup.plan), indent=2) + "\n")
+    write_atomically(run_dir / RACK, json.dumps(rack_to_dict(setup.rack), indent=2) + "\n")
+    write_atomically(run_dir / CONFIG, resolved_yaml(setup.config))

@@ -5,6 +5,7 @@ Legend: B batch, T sequence, D d_model, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from stackwise_jax.model import Stack
 from stackwise_jax.objectives import Examples
 
 Tree = Any
+GROUP = 8  # batches that pass the stacks together
 HELD_OUT_SEED = 20_240  # corruption of held-out text is the same in every run
 
 
@@ -67,25 +69,23 @@ def held_out(
     key = placement.put(jax.random.key(HELD_OUT_SEED), placement.replicated)
     visit = placement.put(np.int32(draw), placement.replicated)
     totals: dict[str, float] = {}
-    pending = None
-    for host_examples in batches:
-        examples = placement.put(host_examples, placement.batch)
-        x_BTD = embed_examples(task, embed, examples, key, visit)
-        for stack, params in stacks:
-            params = placement.put(params, placement.params(params))
-            x_BTD = run_stack(task, bare(stack), params, x_BTD, examples)
-        sums = loss_sums(task, head, embed, x_BTD, examples, key, visit, token_bytes_V)
-        _add(totals, pending)
-        pending = sums
-    _add(totals, pending)
+    batches = iter(batches)
+    # A few batches at a time pass stack by stack: a stack that rests in host memory is copied once for all of them.
+    while group := [placement.put(examples, placement.batch) for examples in itertools.islice(batches, GROUP)]:
+        hidden = [embed_examples(task, embed, examples, key, visit) for examples in group]
+        for stack, resting in stacks:
+            params = placement.put(resting, placement.params(resting))
+            hidden = [run_stack(task, bare(stack), params, x_BTD, ex) for x_BTD, ex in zip(hidden, group, strict=True)]
+            jax.block_until_ready(hidden)  # so that at most one stack's copy is there
+        for x_BTD, examples in zip(hidden, group, strict=True):
+            _add(totals, loss_sums(task, head, embed, x_BTD, examples, key, visit, token_bytes_V))
     return quotients(totals)
 
 
-def _add(totals: dict[str, float], sums: dict[str, jax.Array] | None) -> None:
+def _add(totals: dict[str, float], sums: dict[str, jax.Array]) -> None:
     """Add one batch's sums, in float64 on the host."""
-    if sums is not None:
-        for name, value in jax.device_get(sums).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+    for name, value in jax.device_get(sums).items():
+        totals[name] = totals.get(name, 0.0) + float(value)
 
 
 def quotients(totals: dict[str, float]) -> dict[str, float]:

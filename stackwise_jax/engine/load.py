@@ -13,12 +13,12 @@ from stackwise_jax.config import StackWiseConfig, load_config
 from stackwise_jax.config.schema import MeshConfig, ObjectiveKind
 from stackwise_jax.curriculum import AttentionMode, Phase, make_plan
 from stackwise_jax.data import Tokenizer, load_tokenizer
-from stackwise_jax.engine.directory import CHECKPOINTS, CONFIG, TOKENIZER, check_tokenizer
+from stackwise_jax.engine.directory import CHECKPOINTS, CONFIG, TOKENIZER, check_unchanged, read_rack
 from stackwise_jax.engine.setup import rack_shape
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, stack_item
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory import Placement, make_mesh
-from stackwise_jax.model import Rack, create_rack_from_config, regroup
+from stackwise_jax.model import Rack
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,12 @@ def _placement(config: StackWiseConfig) -> Placement:
         return Placement(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
 
 
-def load_rack(run_dir: str | Path, depth: int | None = None, rack: Rack | None = None) -> LoadedRun:
+def load_rack(run_dir: str | Path, depth: int | None = None) -> LoadedRun:
     """Load the rack of a run from its newest checkpoint, onto the devices.
 
     Args:
         run_dir: the run directory.
         depth: how many stacks; None: all that were trained so far.
-        rack: the rack that was given to `prepare`, if one was.
 
     Raises:
         UsageError: there is no run, no checkpoint in it yet, or no such depth.
@@ -104,10 +103,9 @@ def load_rack(run_dir: str | Path, depth: int | None = None, rack: Rack | None =
     if progress is None:
         raise UsageError(f"{run_dir} holds no checkpoint yet; let train reach its first save")
     tokenizer = load_tokenizer(config.tokenizer, None, run_dir / TOKENIZER)
-    check_tokenizer(run_dir, progress, tokenizer)
-    rack = rack or create_rack_from_config(config, tokenizer.vocab_size)
+    check_unchanged(run_dir, progress, {"tokenizer": tokenizer.fingerprint})
+    rack = read_rack(run_dir)
     plan = make_plan(config, rack_shape(rack))
-    rack = regroup(rack, plan.stack_sizes)
     versions, formats, path, phase = _snapshot(progress, plan.phases, depth)
 
     placement = _placement(config)

@@ -8,7 +8,8 @@ Legend: B batch, T sequence, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from stackwise_jax.memory import ActivationCache, CacheChoice, Placement, cache_
 from stackwise_jax.model import dtype_of
 from stackwise_jax.objectives import Examples
 
+Tell = Callable[[int, int], None] | None
 FIXED_VISIT = 0  # the visit number under which fixed corruption is drawn
 
 
@@ -40,6 +42,7 @@ class Prefix:
     def __init__(self, weights: Weights, phase: Phase, task: TaskSpec, placement: Placement, corruption_key: jax.Array):
         self._weights, self._phase, self._task = weights, phase, task
         self._placement, self._key = placement, corruption_key
+        self._stacks = [bare(weights.rack.stacks[i]) for i in phase.prefix]
 
     @property
     def items(self) -> list[str]:
@@ -51,17 +54,17 @@ class Prefix:
         embed = self._weights.on_device(EMBED)
         return embed_examples(self._task, embed, examples, self._key, visit)
 
-    def run(self, x_BTD: jax.Array, examples: Examples, start: int = 0) -> jax.Array:
-        """Pass the prefix stacks from the start-th on."""
-        for index in self._phase.prefix[start:]:
-            stack = bare(self._weights.rack.stacks[index])
-            params = self._weights.on_device(stack_item(index))
-            x_BTD = run_stack(self._task, stack, params, x_BTD, examples)
-        return x_BTD
+    def stack(self, position: int) -> Callable[[jax.Array, Examples], jax.Array]:
+        """The position-th stack of the prefix, brought to the device, as a function of activations and examples."""
+        params = self._weights.on_device(stack_item(self._phase.prefix[position]))
+        return functools.partial(run_stack, self._task, self._stacks[position], params)
 
     def __call__(self, examples: Examples, visit: jax.Array) -> jax.Array:
         """The output of the prefix, x_BTD in the compute dtype."""
-        return self.run(self.embed(examples, visit), examples)
+        x_BTD = self.embed(examples, visit)
+        for position in range(len(self._stacks)):
+            x_BTD = self.stack(position)(x_BTD, examples)
+        return x_BTD
 
 
 def put_examples(placement: Placement, examples: Examples) -> Examples:
@@ -98,12 +101,13 @@ class PrefixCache:
         return elements * jnp.dtype(dtype_of(task.rack.compute_dtype)).itemsize // jax.process_count()
 
     def prepare(
-        self, prefix: Prefix, weights: Weights, phase: Phase, loader: Loader, kind: str, data: str
+        self, prefix: Prefix, weights: Weights, phase: Phase, loader: Loader, kind: str, data: str, tell: Tell = None
     ) -> int | None:
         """Make the cache hold the prefix's output for every batch of the phase.
 
         A cache that holds the output of the first stacks of this prefix is pushed through the rest; any other is filled
-        anew. Returns through how many stacks it was pushed, None when it was filled.
+        anew. `tell` hears (done, total) after each batch. Returns through how many stacks the cache was pushed, None
+        when it was filled.
         """
         ids = list(dict.fromkeys(loader.batch_id(i) for i in range(phase.steps)))
         parts = {
@@ -116,17 +120,9 @@ class PrefixCache:
             "kind": kind,
         }
         hashes = [f"{weights.formats[item]}:{weights.content_hash(item)}" for item in prefix.items]
-        key = cache_key(**parts, prefix=hashes)
         done = len(self._hashes)
-        if (
-            self._cache is not None
-            and parts == self._parts
-            and 0 < done <= len(hashes)
-            and hashes[:done] == self._hashes
-        ):
-            if done < len(hashes):
-                self._hashes = []  # nothing is valid until the advance has ended
-                self._cache.advance(key, lambda i, x: prefix.run(x, self._examples(loader, i), start=done - 1))
+        fits = self._cache is not None and parts == self._parts and 0 < done <= len(hashes)
+        if fits and hashes[:done] == self._hashes:
             advanced = len(hashes) - done
         else:
             self.close()
@@ -139,9 +135,16 @@ class PrefixCache:
                 read_ahead=self._cfg.read_ahead,
             )
             visit = self._placement.put(np.int32(FIXED_VISIT), self._placement.replicated)
-            self._cache.fill(key, ids, lambda i: prefix(self._examples(loader, i), visit))
-            advanced = None
-        self._parts, self._hashes, self._key = parts, hashes, key
+            embedded = cache_key(**parts, prefix=hashes[:1])
+            self._cache.fill(embedded, ids, lambda i: prefix.embed(self._examples(loader, i), visit), tell)
+            done, advanced = 1, None
+        self._parts, self._hashes = parts, []  # nothing is valid until the last advance has ended
+        # Stack by stack over all batches, so that each stack is brought to the device once.
+        for passed in range(done, len(hashes)):
+            forward = prefix.stack(passed - 1)
+            key = cache_key(**parts, prefix=hashes[: passed + 1])
+            self._cache.advance(key, lambda i, x, forward=forward: forward(x, self._examples(loader, i)), tell)
+        self._hashes, self._key = hashes, cache_key(**parts, prefix=hashes)
         return advanced
 
     def _examples(self, loader: Loader, batch_id: int) -> Examples:

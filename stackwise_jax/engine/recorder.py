@@ -9,7 +9,6 @@ import jax
 
 from stackwise_jax.checkpoint import MetricsLog, Progress, Store
 from stackwise_jax.engine import directory
-from stackwise_jax.engine.step import TrainState
 from stackwise_jax.engine.weights import Weights
 
 Tree = Any
@@ -50,19 +49,13 @@ class Recorder:
             self.store.save_item(item, self.number + 1, tree, meta | {"kind": item.split("/")[0]})
             self.weights.versions[item] = self.number + 1
 
-    def save_inside(self, learned: dict[str, Tree], state: TrainState, meta: dict, extra: dict) -> None:
+    def save_inside(self, learned: dict[str, Tree], opt: Tree, meta: dict, extra: dict, bad_steps: int) -> None:
         """A checkpoint in the middle of a phase: what learns, its optimizer state, and where the loop stands."""
         self.save_learned(learned, meta)
-        leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt))}
+        leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(opt))}
         if leaves:
             self.store.save_item(OPTIMIZER, self.number + 1, leaves, meta | {"kind": OPTIMIZER})
-        self.commit(
-            meta["phase_index"],
-            meta["step"],
-            optimizer=bool(leaves),
-            extra=extra,
-            bad_steps=int(jax.device_get(state.bad_steps)),
-        )
+        self.commit(meta["phase_index"], meta["step"], optimizer=bool(leaves), extra=extra, bad_steps=bad_steps)
 
     def commit(
         self,

@@ -1,18 +1,9 @@
-"""The resident executor: the window of a phase lives on the device and is trained by one compiled step.
-
-The order of operations in `run_phase` is a contract:
-  1. the old state is evaluated and saved where that is due,
-  2. step k is dispatched,
-  3. the metrics of step k-1 are read (the only wait in the loop, for something that is already done),
-  4. only then the data iterator advances.
-"""
+"""The resident executor: the window of a phase lives on the device and is trained by one compiled step."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,13 +12,12 @@ import numpy as np
 
 from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.curriculum.phase import Phase
-from stackwise_jax.data import Loader
-from stackwise_jax.engine.optimizer import learning_rates, make_optimizer
-from stackwise_jax.engine.prefix import FIXED_VISIT, Prefix, PrefixCache, put_examples
+from stackwise_jax.engine.optimizer import make_optimizer
+from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
 from stackwise_jax.engine.step import StepData, StepSpec, TaskSpec, TrainState
-from stackwise_jax.engine.weights import EMBED, HEAD, Window, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, learning_items, stack_item
 from stackwise_jax.memory import Placement
-from stackwise_jax.objectives import Examples
+from stackwise_jax.model import Rack, Stack, combine
 
 Tree = Any
 
@@ -78,102 +68,75 @@ def _initial_optimizer(cfg: OptimizerConfig, placement: Placement, learning: Tre
     return jax.lax.with_sharding_constraint(opt, placement.params(opt))
 
 
-class Feed:
-    """The data of a phase, step by step, on the device."""
+class Resident:
+    """Trains the window of a phase on the device.
+
+    What a run asks of an executor is here and nowhere else: `compile`, `step`, what learned, what is saved beside it,
+    and the path as it is evaluated. An executor that keeps its weights elsewhere has the same methods.
+    """
 
     def __init__(
-        self,
-        phase: Phase,
-        loader: Loader,
-        prefix: Prefix,
-        cache: PrefixCache | None,
-        placement: Placement,
-        offset: int,
-        start: int,
+        self, rack: Rack, phase: Phase, task: TaskSpec, weights: Weights, programs: StepPrograms, constants: Tree
     ):
-        """cache None: the prefix (if any) is recomputed. offset: where in the stream the phase's step 0 stands."""
-        self._phase, self._prefix, self._placement = phase, prefix, placement
-        self.rates = learning_rates(phase.optimizer, phase.steps)
-        self._start, self._offset = start, offset
-        self._stream = loader.iterate(offset + start)
-        self._hidden: Iterator[jax.Array] | None = None
-        if cache is not None:
-            self._hidden = cache.read([loader.batch_id(offset + i) for i in range(start, phase.steps)])
-        self._fixed = phase.corruption == "fixed"
+        """Takes what it trains out of `weights`; a fresh optimizer state."""
+        self._rack, self._phase, self._weights, self._programs = rack, phase, weights, programs
+        self._constants = constants
+        self.window = Window(rack, phase)
+        self.spec = step_spec(task, phase, self.window)
+        stacks = {i: weights.on_device(stack_item(i)) for i in phase.window}
+        embed, head = weights.on_device(EMBED), weights.on_device(HEAD)
+        learning, self.frozen = split_phase(self.spec, self.window, embed, head, stacks)
+        self.state = initial_state(self.spec, weights.placement, learning)
+        merged = [stack_item(i) for ids in self.window.ids if len(ids) > 1 for i in ids]
+        for item in {*learning_items(phase), *merged}:
+            weights.drop(item)  # it lives in the trees of the step now; what learns is donated
+        self.step_bytes = 0
 
-    def __iter__(self) -> Iterator[StepData]:
-        put, whole = self._placement.put, self._placement.replicated
-        for step in range(self._start, self._phase.steps):
-            _, host_examples = next(self._stream)
-            examples: Examples = put_examples(self._placement, host_examples)
-            # Fresh corruption differs each time an example is met: the stream position is its number.
-            visit = FIXED_VISIT if self._fixed else 1 + self._offset + step
-            lr, visit = put((self.rates[step], np.int32(visit)), whole)
-            hidden_BTD = None
-            if self._hidden is not None:
-                hidden_BTD = next(self._hidden)
-            elif self._phase.prefix:
-                hidden_BTD = self._prefix(examples, visit)
-            yield StepData(examples, hidden_BTD, lr, visit)
+    def resume(self, opt: Tree, step: int, bad_steps: int) -> None:
+        """Go on in the middle of the phase: with a saved optimizer state, at a step."""
+        placement = self._weights.placement
+        at, bad = placement.put((np.int32(step), np.int32(bad_steps)), placement.replicated)
+        self.state = TrainState(at, bad, self.state.learning, opt)
 
-    def close(self) -> None:
-        """End the threads that read ahead."""
-        self._stream.close()
+    def compile(self, data: StepData) -> None:
+        """Compile the step for data of these shapes, unless an equal one was compiled before."""
+        self._compiled = self._programs.get(self.spec, self.state, self.frozen, data, self._constants)
+        self.step_bytes = compiled_bytes(self._compiled)["total"]
 
+    def step(self, data: StepData) -> dict[str, jax.Array]:
+        """Dispatch one update; see step.train_step for the scalars."""
+        self.state, metrics = self._compiled(self.state, self.frozen, data, self._constants)
+        return metrics
 
-def run_phase(
-    compiled: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-    state: TrainState,
-    frozen: Tree,
-    constants: Tree,
-    feed: Iterator[StepData],
-    steps: range,
-    *,
-    before_step: Callable[[int, TrainState, Callable[[], None]], None],
-    on_metrics: Callable[[int, dict[str, float], float], None],
-) -> TrainState:
-    """The loop of a phase; see the contract at the top of this file.
+    @property
+    def opt(self) -> Tree:
+        """The optimizer state, which is saved in the middle of a phase."""
+        return self.state.opt
 
-    Args:
-        before_step: called with (step, the state before it, flush) to evaluate, save or stop; flush() delivers the
-            metrics of all steps done so far.
-        on_metrics: called once a step, in order, with (step, metrics as floats, seconds since those of the step before).
-    """
-    pending: list[tuple[int, dict[str, jax.Array]]] = []
-    clock = time.perf_counter()
+    @property
+    def bad_steps(self) -> int:
+        """Steps in a row that were not finite."""
+        return int(jax.device_get(self.state.bad_steps))
 
-    def flush() -> None:
-        nonlocal clock
-        while pending:
-            step, metrics = pending.pop(0)
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            now = time.perf_counter()
-            seconds, clock = now - clock, now
-            on_metrics(step, values, seconds)
+    def learned(self) -> dict[str, Tree]:
+        """The full trees of the items that learn, by item name."""
+        stacks = self.window.unmerge(self._rack, self.state.learning["stacks"], self.frozen["stacks"])
+        trees = {stack_item(i): tree for i, tree in stacks.items()}
+        ends = {EMBED: self.spec.train_embed, HEAD: self.spec.train_head}
+        return trees | {item: self.state.learning[item] for item, learns in ends.items() if learns}
 
-    data = next(feed, None)
-    for step in steps:
-        before_step(step, state, flush)
-        assert data is not None
-        # Whatever crosses between host and device in here is written down as a transfer, or it is an error.
-        with jax.transfer_guard("disallow"):
-            state, metrics = compiled(state, frozen, data, constants)
-            flush()
-            pending.append((step, metrics))
-            data = next(feed, None)
-    flush()
-    return state
+    def evaluated(self) -> tuple[list[tuple[Stack, Tree]], Tree, Tree]:
+        """(stacks with their trees from input to head, embed, head) as they are now, without copies."""
+        weights, learning = self._weights, self.state.learning
+        stacks = [(self._rack.stacks[i], weights.trees[stack_item(i)]) for i in self._phase.prefix]
+        trees = zip(learning["stacks"], self.frozen["stacks"], strict=True)
+        stacks += [(g, combine(a, b)) for g, (a, b) in zip(self.window.groups, trees, strict=True)]
+        embed = learning["embed"] if self.spec.train_embed else weights.on_device(EMBED)
+        head = learning["head"] if self.spec.train_head else weights.on_device(HEAD)
+        return stacks, embed, head
 
 
-def learned_trees(rack, spec: StepSpec, window: Window, state: TrainState, frozen: Tree) -> dict[str, Tree]:
-    """The full trees of the items that learn, by item name."""
-    stacks = window.unmerge(rack, state.learning["stacks"], frozen["stacks"])
-    trees = {stack_item(i): tree for i, tree in stacks.items()}
-    if spec.train_embed:
-        trees[EMBED] = state.learning["embed"]
-    if spec.train_head:
-        trees[HEAD] = state.learning["head"]
-    return trees
+CORRUPTION, DROPOUT = 3, 4  # streams of the run's root key; the model's initial values take 0 to 2
 
 
 def constants_of(placement: Placement, seed: int, phase_index: int, token_bytes_V: np.ndarray) -> dict[str, jax.Array]:
@@ -181,15 +144,9 @@ def constants_of(placement: Placement, seed: int, phase_index: int, token_bytes_
     root = jax.random.key(seed)
     return placement.put(
         {
-            "corruption_key": jax.random.fold_in(root, 1),
-            "dropout_key": jax.random.fold_in(jax.random.fold_in(root, 2), phase_index),
+            "corruption_key": jax.random.fold_in(root, CORRUPTION),
+            "dropout_key": jax.random.fold_in(jax.random.fold_in(root, DROPOUT), phase_index),
             "token_bytes_V": jnp.asarray(token_bytes_V, jnp.float32),
         },
         placement.replicated,
     )
-
-
-def resume_state(placement: Placement, state: TrainState, opt: Tree, step: int, bad_steps: int) -> TrainState:
-    """A state as it was saved: fresh but for its optimizer state, step and count of bad steps."""
-    step_array, bad = placement.put((np.int32(step), np.int32(bad_steps)), placement.replicated)
-    return TrainState(step_array, bad, state.learning, opt)

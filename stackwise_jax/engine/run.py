@@ -2,48 +2,43 @@
 
 For each phase: 1. grow the stacks of the path that do not exist; 2. store what does not learn in the phase's frozen
 format (its full-precision copy stays in the store); 3. cache or recompute the prefix; 4. learning state = (step,
-learning trees, optimizer state), donated, the frozen trees beside it; 5. the loop of `resident.run_phase`; 6. write
+learning trees, optimizer state), donated, the frozen trees beside it; 5. the loop of `loop.run_phase`; 6. write
 only what changed, drop optimizer and cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from stackwise_jax.checkpoint import Progress, by_first_process
+from stackwise_jax.checkpoint import Progress, by_first_process, plain
 from stackwise_jax.curriculum import Phase
 from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
 from stackwise_jax.engine.events import NullReporter, Reporter
 from stackwise_jax.engine.heldout import held_out, held_out_batches
+from stackwise_jax.engine.loop import Feed, run_phase
 from stackwise_jax.engine.prefix import Prefix, PrefixCache
-from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
+from stackwise_jax.engine.programs import StepPrograms
 from stackwise_jax.engine.recorder import Recorder
-from stackwise_jax.engine.resident import (
-    Feed,
-    constants_of,
-    initial_state,
-    learned_trees,
-    resume_state,
-    run_phase,
-    split_phase,
-    step_spec,
-)
+from stackwise_jax.engine.resident import Resident, constants_of
 from stackwise_jax.engine.setup import Setup
-from stackwise_jax.engine.step import StepData, StepSpec, TrainState
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, learning_items, stack_item
-from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.engine.step import TaskSpec
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, learning_items, path_items, stack_item
+from stackwise_jax.errors import RunError
 from stackwise_jax.memory import peak_device_bytes, peak_host_bytes
-from stackwise_jax.model import combine
 
 Tree = Any
 HISTORY = 64  # points of the loss history kept with each item
+FILL_NOTE_SECONDS = 10.0
+AGREE_EVERY = 10  # steps between the moments at which several processes agree to stop
 
 
 class Interrupted(RunError):
@@ -56,17 +51,15 @@ class PhaseWork:
 
     index: int
     phase: Phase
-    window: Window
-    spec: StepSpec
-    frozen: Tree
+    task: TaskSpec
     feed: Feed
-    constants: dict[str, jax.Array]
+    token_bytes_V: jax.Array
     cached_batches: int | None  # None: the prefix is recomputed
     advanced_stacks: int | None
     trainable: int
     not_trained: int
+    started: float  # perf_counter when this process took up the phase
     step_bytes: int = 0  # device bytes of the compiled step
-    started: float = 0.0  # perf_counter when this process took up the phase
     before: float = 0.0  # seconds in this phase by earlier processes
     stepping: float = 0.0  # seconds in the loop, by this process
     done: int = 0  # steps, by this process
@@ -120,22 +113,19 @@ class Run:
         run_dir, setup = self.setup.run_dir, self.setup
 
         def lay_down() -> None:
-            if not directory.check_directory(run_dir, self.config):
-                directory.create_directory(run_dir, self.config, setup.plan, setup.tokenizer)
+            if not directory.check_directory(setup):
+                directory.create_directory(setup)
 
-        by_first_process(lay_down)
-        data = {"fingerprint": setup.train.fingerprint, "tokenizer": setup.tokenizer.fingerprint}
-        self.recorder = Recorder(run_dir, self.config.run.keep, data)
         self.cache = PrefixCache(self.config.cache, self.placement, run_dir / directory.CACHE)
+        for phase in self.phases:  # what cannot be cached as asked is refused now, not when its phase comes
+            self.cache.choose(phase, self.loader, setup.task(phase))
+        by_first_process(lay_down)
+        self.recorder = Recorder(run_dir, self.config.run.keep, directory.fingerprints(setup))
+        self.recorder.store.lock()  # before anything is cut back or written
         root_key = self.placement.put(jax.random.key(self.config.run.seed), self.placement.replicated)
         self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root_key)
         progress = self.recorder.store.latest() or self._begin()
-        directory.check_tokenizer(run_dir, progress, setup.tokenizer)
-        if progress.data["fingerprint"] != setup.train.fingerprint:
-            raise UsageError(
-                f"the training text is not the one that {run_dir} was begun with; "
-                "restore data.path (or data.source) or name another run.dir"
-            )
+        directory.check_unchanged(run_dir, progress, directory.fingerprints(setup))
         self.recorder.go_on_from(progress)
         if progress.number > 1 and not progress.finished:
             name = self.phases[progress.phase].name
@@ -162,7 +152,7 @@ class Run:
             "seconds": sum(r["seconds"] for r in self.recorder.results),
         }
         if self.first:
-            text = json.dumps(summary, indent=2) + "\n"
+            text = json.dumps(plain(summary), indent=2) + "\n"
             directory.write_atomically(self.setup.run_dir / directory.SUMMARY, text)
         return summary
 
@@ -170,35 +160,35 @@ class Run:
 
     def _phase(self, index: int, progress: Progress | None) -> None:
         start, started = progress.step if progress else 0, time.perf_counter()
-        work, state = self._set_up(index, start)
-        work.started = started
-        phase = work.phase
+        work, executor = self._set_up(index, start, started)
         if progress and start:
             work.before, work.skipped = progress.extra["seconds"], progress.extra["skipped"]
             work.history = list(progress.extra["history"])
-            opt = self.recorder.load_optimizer(progress, state.opt)
-            state = resume_state(self.placement, state, opt, progress.step, progress.bad_steps)
-        constants = work.constants
+            opt = self.recorder.load_optimizer(progress, executor.opt)
+            executor.resume(opt, progress.step, progress.bad_steps)
+        learned = self._loop(work, executor, start)
+        del executor  # its optimizer state and frozen copies make room for the evaluation of the whole path
+        self._finish_phase(work, learned)
+
+    def _loop(self, work: PhaseWork, executor: Resident, start: int) -> dict[str, Tree]:
+        """Train from step `start` to the end of the phase; returns the full trees of what learned."""
         feed = iter(work.feed)
         first = next(feed)
-        compiled = self.programs.get(work.spec, state, work.frozen, first, constants)
-        work.step_bytes = compiled_bytes(compiled)["total"]
+        executor.compile(first)
+        work.step_bytes = executor.step_bytes
         try:
-            state = run_phase(
-                compiled,
-                state,
-                work.frozen,
-                constants,
-                _chain(first, feed),
-                range(start, phase.steps),
-                before_step=lambda step, state, flush: self._before_step(work, step, start, state, flush),
+            run_phase(
+                executor.step,
+                itertools.chain([first], feed),
+                range(start, work.phase.steps),
+                before_step=lambda step, flush: self._before_step(work, executor, step, start, flush),
                 on_metrics=lambda step, metrics, seconds: self._on_metrics(work, step, metrics, seconds),
             )
         finally:
             work.feed.close()
-        self._finish_phase(work, state)
+        return executor.learned()
 
-    def _set_up(self, index: int, start: int) -> tuple[PhaseWork, TrainState]:
+    def _set_up(self, index: int, start: int, started: float) -> tuple[PhaseWork, Resident]:
         phase, weights, rack = self.phases[index], self.weights, self.setup.rack
         task = self.setup.task(phase)
         choice = self.cache.choose(phase, self.loader, task)
@@ -210,31 +200,47 @@ class Run:
         reason, advanced = choice.reason, None
         if choice.use:
             data = f"{self.setup.train.fingerprint}/{self.config.run.seed}/{self.loader.batch_size}"
-            advanced = self.cache.prepare(prefix, weights, phase, self.loader, choice.kind, data)
+            tell = self._tell_filling(phase)
+            advanced = self.cache.prepare(prefix, weights, phase, self.loader, choice.kind, data, tell)
             reason += "; filled" if advanced is None else f"; advanced through {advanced} more stack(s)"
         else:
             self.cache.close()
-        window = Window(rack, phase)
-        spec = step_spec(task, phase, window)
-        stacks = {i: weights.on_device(stack_item(i)) for i in phase.window}
-        embed, head = weights.on_device(EMBED), weights.on_device(HEAD)
-        learning, frozen = split_phase(spec, window, embed, head, stacks)
-        del stacks, embed, head
-        state = initial_state(spec, self.placement, learning)
-        merged = [stack_item(i) for ids in window.ids if len(ids) > 1 for i in ids]
-        for item in {*learning_items(phase), *merged}:
-            weights.drop(item)  # it lives in the trees of the step now; what learns is donated
+        executor = Resident(rack, phase, task, weights, self.programs, constants)
         # A cached phase meets the same batches as the phases before it, any other goes on in the stream.
         offset = 0 if choice.use else sum(p.steps for p in self.phases[:index])
         feed = Feed(phase, self.loader, prefix, self.cache if choice.use else None, self.placement, offset, start)
         trainable, not_trained = trainable_and_frozen(rack, phase)
-        chunks = choice.n_chunks if choice.use else None
-        counts = (chunks, advanced, trainable, not_trained)
-        work = PhaseWork(index, phase, window, spec, frozen, feed, constants, *counts)
+        work = PhaseWork(
+            index=index,
+            phase=phase,
+            task=task,
+            feed=feed,
+            token_bytes_V=constants["token_bytes_V"],
+            cached_batches=choice.n_chunks if choice.use else None,
+            advanced_stacks=advanced,
+            trainable=trainable,
+            not_trained=not_trained,
+            started=started,
+        )
         info = {"steps": phase.steps, "start_step": start, "cache": reason}
         info |= {"trainable_params": trainable, "frozen_params": not_trained}
         self.reporter.phase_start(index, len(self.phases), phase, info)
-        return work, state
+        return work, executor
+
+    def _tell_filling(self, phase: Phase) -> Callable[[int, int], None]:
+        """Says now and then how far the cache of a phase is, and stops the run where that is asked for."""
+        last = time.perf_counter()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal last
+            if jax.process_count() == 1 and self.stop.is_set():
+                where = f"stopped while the cache of phase '{phase.name}' was filled"
+                raise Interrupted(f"{where}; the same command continues {self.setup.run_dir}")
+            if time.perf_counter() - last > FILL_NOTE_SECONDS:
+                last = time.perf_counter()
+                self.reporter.note(f"  cache of phase '{phase.name}': {done} of {total} batches")
+
+        return tell
 
     def _place(self, phase: Phase, *, cached: bool) -> None:
         """Bring every item of the path into its format for this phase; grow those that do not exist.
@@ -242,7 +248,7 @@ class Run:
         A prefix whose output is cached waits in host memory: it is needed to fill the cache and to evaluate only.
         """
         learning = learning_items(phase)
-        for item in [EMBED, HEAD, *(stack_item(i) for i in phase.path)]:
+        for item in path_items(phase):
             if item not in self.weights.versions and item not in learning:
                 self.recorder.grow(item, phase.name)
             waits = cached and item in {stack_item(i) for i in phase.prefix}
@@ -250,24 +256,26 @@ class Run:
 
     # Called by the loop.
 
-    def _before_step(self, work: PhaseWork, step: int, start: int, state: TrainState, flush) -> None:
+    def _before_step(self, work: PhaseWork, executor: Resident, step: int, start: int, flush) -> None:
         run = self.config.run
-        stopping = self._agree_to_stop()
+        stopping = self._agree_to_stop(step)
         if step > start:
             if run.eval_every and step % run.eval_every == 0:
                 flush()
-                self._evaluate_window(work, step, state)
+                self._report_held_out(work, step, self._held_out(work, *executor.evaluated()))
             if stopping or (run.save_every and step % run.save_every == 0):
                 flush()
-                self._save(work, step, state)
+                self._save(work, executor, step)
         if stopping:
             raise Interrupted(
                 f"stopped at phase '{work.phase.name}', step {step}; the same command continues {self.setup.run_dir}"
             )
 
-    def _agree_to_stop(self) -> bool:
+    def _agree_to_stop(self, step: int) -> bool:
         if jax.process_count() == 1:
             return self.stop.is_set()
+        if step % AGREE_EVERY:
+            return False  # asking the other processes waits for the device
         from jax.experimental import multihost_utils
 
         return bool(multihost_utils.process_allgather(self.stop.is_set()).any())
@@ -305,10 +313,10 @@ class Run:
         """One line of metrics.jsonl: nothing in it depends on the clock, so a resumed run writes the same bytes."""
         self.recorder.log.append(row)
 
-    def _save(self, work: PhaseWork, step: int, state: TrainState) -> None:
-        learned = learned_trees(self.setup.rack, work.spec, work.window, state, work.frozen)
+    def _save(self, work: PhaseWork, executor: Resident, step: int) -> None:
         extra = {"seconds": work.seconds, "skipped": work.skipped, "history": work.history}
-        self.recorder.save_inside(learned, state, self._meta(work, step), extra)
+        meta = self._meta(work, step)
+        self.recorder.save_inside(executor.learned(), executor.opt, meta, extra, executor.bad_steps)
 
     def _meta(self, work: PhaseWork, step: int) -> dict:
         """What is written beside an item's arrays."""
@@ -318,7 +326,7 @@ class Run:
             "phase_index": work.index,
             "step": step,
             "format": self.weights.master,
-            "loss_history": work.history[::stride],
+            "loss_history": work.history[:-1:stride] + work.history[-1:],
         }
 
     # Held-out loss.
@@ -326,18 +334,7 @@ class Run:
     def _held_out(self, work: PhaseWork, stacks: list, embed: Tree, head: Tree) -> dict[str, float]:
         run, setup = self.config.run, self.setup
         batches = held_out_batches(setup.valid, self.loader.batch_size, setup.tokenizer.pad_id, run.eval_batches)
-        return held_out(work.spec.task, stacks, embed, head, batches, work.constants["token_bytes_V"])
-
-    def _evaluate_window(self, work: PhaseWork, step: int, state: TrainState) -> None:
-        """Held-out loss in the middle of a phase, straight from the state."""
-        rack, weights = self.setup.rack, self.weights
-        stacks = [(rack.stacks[i], weights.trees[stack_item(i)]) for i in work.phase.prefix]
-        trees = zip(state.learning["stacks"], work.frozen["stacks"], strict=True)
-        stacks += [(g, combine(a, b)) for g, (a, b) in zip(work.window.groups, trees, strict=True)]
-        embed = state.learning["embed"] if work.spec.train_embed else weights.on_device(EMBED)
-        head = state.learning["head"] if work.spec.train_head else weights.on_device(HEAD)
-        loss = self._held_out(work, stacks, embed, head)
-        self._report_held_out(work, step, loss)
+        return held_out(work.task, stacks, embed, head, batches, work.token_bytes_V)
 
     def _report_held_out(self, work: PhaseWork, step: int, loss: dict[str, float]) -> None:
         row = {
@@ -352,13 +349,10 @@ class Run:
         self._log(row)
         self.reporter.evaluation(row)
 
-    def _finish_phase(self, work: PhaseWork, state: TrainState) -> None:
+    def _finish_phase(self, work: PhaseWork, learned: dict[str, Tree]) -> None:
         phase, weights, rack = work.phase, self.weights, self.setup.rack
-        learned = learned_trees(rack, work.spec, work.window, state, work.frozen)
-        del state
         for item, tree in learned.items():
             weights.set(item, tree, weights.master)
-        work.frozen = None
         stacks = []
         for i in phase.path:
             weights.ensure(stack_item(i), weights.formats[stack_item(i)])
@@ -384,15 +378,11 @@ class Run:
             "peak_device_bytes": peak_device_bytes() or work.step_bytes,
             "peak_host_bytes": peak_host_bytes(),
             "cache_bytes": self.cache.bytes,
-            "versions": dict(weights.versions),
-            "formats": dict(weights.formats),
+            "depth": len(phase.path),
+            "versions": {item: weights.versions[item] for item in path_items(phase)},
+            "formats": {item: weights.formats[item] for item in path_items(phase)},
         }
         self.recorder.results.append(result)
         last = work.index == len(self.phases) - 1
         self.recorder.commit(phase=work.index + 1, step=0, finished=last)
         self.reporter.phase_end(result)
-
-
-def _chain(first: StepData, rest):
-    yield first
-    yield from rest

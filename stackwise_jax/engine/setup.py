@@ -100,5 +100,17 @@ def prepare(config: StackWiseConfig, run_dir: Path, rack: Rack | None = None) ->
         rack = create_rack_from_config(config, tokenizer.vocab_size)
     padded_vocab(rack.vocab_size, tokenizer.vocab_size, 1)
     plan = make_plan(config, rack_shape(rack))
+    _check_attention(rack, plan)
     train, valid = load_datasets(config.data, tokenizer, seed)
     return Setup(config, run_dir, tokenizer, regroup(rack, plan.stack_sizes), plan, placement, train, valid)
+
+
+def _check_attention(rack: Rack, plan: Plan) -> None:
+    """A phase that leaves attention to the blocks must not let a causal objective see its targets."""
+    modes = {block.attention_mode for stack in rack.stacks for block in stack.blocks}
+    for phase in plan.phases:
+        if phase.attention_mode is None and phase.objective.kind == "clm" and modes != {"causal"}:
+            raise UsageError(
+                f"phase '{phase.name}': objective clm sees its own targets in bidirectional blocks; write "
+                "objective.attention_mode causal, or build the rack of causal blocks"
+            )

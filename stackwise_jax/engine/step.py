@@ -172,8 +172,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of what learns.
 
-    A non-finite loss or gradient skips the update: parameters and optimizer state stay as they were, and the step
-    counts as bad.
+    A non-finite loss, gradient or update skips the update: parameters and optimizer state stay as they were, and the
+    step counts as bad.
 
     Args:
         frozen: {"embed"?, "stacks": one tree per group (for a learning group its fixed part), "head"?}.
@@ -186,16 +186,21 @@ def train_step(
     batch = spec.task.batch(data.examples, constants["corruption_key"], data.visit)
     key = jax.random.fold_in(constants["dropout_key"], state.step) if spec.dropout else None
     nll, correct, grads = batch_gradients(spec, state.learning, frozen, batch, data.hidden_BTD, key)
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
-
+    grad_norm = _norm(grads)
     updates, opt = make_optimizer(spec.optimizer).update(grads, state.opt, state.learning)
+    # A finite gradient can still give an update that is not (a second moment that underflows, say).
+    finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
     learning = jax.tree.map(lambda p, u: p + (data.lr * u).astype(p.dtype), state.learning, updates)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     new_state = TrainState(state.step + 1, bad_steps, keep(learning, state.learning), keep(opt, state.opt))
     metrics = batch_metrics(batch, nll, correct, constants["token_bytes_V"])
     return new_state, metrics | {"grad_norm": grad_norm, "bad_steps": bad_steps, "finite": finite}
+
+
+def _norm(tree: Tree) -> jax.Array:
+    """The global norm, in float32: in half precision the sum of squares would overflow early."""
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
 def batch_sums(batch: Batch, nll: jax.Array, correct: jax.Array, token_bytes_V: jax.Array) -> dict[str, jax.Array]:

@@ -50,6 +50,11 @@ def learning_items(phase: Phase) -> list[str]:
     return [stack_item(i) for i in sorted(phase.train)] + ends
 
 
+def path_items(phase: Phase) -> list[str]:
+    """The items of a phase's path."""
+    return [EMBED, HEAD, *(stack_item(i) for i in phase.path)]
+
+
 def _host(shardings: Tree) -> Tree:
     """The same shardings in pinned host memory."""
     return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST_MEMORY), shardings)
@@ -99,7 +104,7 @@ class Weights:
             # One compilation for all stacks of equal shape: the index of the first block is an argument.
             index = int(item.split("/")[1])
             first = self.placement.put(np.int32(self._first_block[index]), self.placement.replicated)
-            tree = _init_blocks(bare(self.rack.stacks[index]), first, self._root_key)
+            tree = _init_blocks(bare(self.rack.stacks[index]), self.placement, first, self._root_key)
         self.set(item, self.placement.put(tree, shardings), self.master)
 
     def set(self, item: str, tree: Tree, fmt: str) -> None:
@@ -127,9 +132,8 @@ class Weights:
                 self.set(item, self._store.load_item(item, self.versions[item], like), fmt)
             else:
                 raise RunError(f"the full-precision copy of {item} is in no checkpoint; it cannot be used as {fmt}")
-        if on_host:
-            tree = self.trees[item]
-            self.trees[item] = self.placement.put(tree, _host(self.placement.params(tree)))
+        shardings = self.placement.params(self.trees[item])
+        self.trees[item] = self.placement.put(self.trees[item], _host(shardings) if on_host else shardings)
 
     def on_device(self, item: str) -> Tree:
         """The item's tree in device memory; a copy where the item rests in host memory."""
@@ -144,9 +148,10 @@ class Weights:
         return self._hashes[item]
 
 
-@functools.partial(jax.jit, static_argnames=("stack",))
-def _init_blocks(stack: Stack, first_block: jax.Array, key: jax.Array) -> Tree:
-    return init_stack_blocks(stack, first_block, key)
+@functools.partial(jax.jit, static_argnames=("stack", "placement"))
+def _init_blocks(stack: Stack, placement: Placement, first_block: jax.Array, key: jax.Array) -> Tree:
+    tree = init_stack_blocks(stack, first_block, key)
+    return jax.lax.with_sharding_constraint(tree, placement.params(tree))
 
 
 class Window:

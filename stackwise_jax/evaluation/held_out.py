@@ -12,17 +12,21 @@ import jax.numpy as jnp
 
 from stackwise_jax.data import Dataset, load_datasets, load_text_dataset
 from stackwise_jax.engine import LoadedRun, TaskSpec, held_out, held_out_batches, vocab_of
+from stackwise_jax.engine.directory import check_unchanged
 
 
 def held_out_text(loaded: LoadedRun, path: str | Path | None = None) -> Dataset:
     """The run's own held-out text, or the text of a file cut as the run cuts its text.
 
     Raises:
-        UsageError: the file is missing, empty or too short.
+        UsageError: the file is missing or empty, or the run's own text is no longer the one that was held out.
     """
     data = loaded.config.data
     if path is None:
-        return load_datasets(data, loaded.tokenizer, loaded.config.run.seed)[1]
+        dataset = load_datasets(data, loaded.tokenizer, loaded.config.run.seed)[1]
+        found = {"held_out": dataset.fingerprint, "tokenizer": loaded.tokenizer.fingerprint}
+        check_unchanged(loaded.run_dir, loaded.progress, found)
+        return dataset
     source = "jsonl" if str(path).endswith(".jsonl") else "text"
     return load_text_dataset(path, dataclasses.replace(data, source=source), loaded.tokenizer)
 

@@ -24,7 +24,7 @@ HOST_MEMORY = "pinned_host"
 STACKED = "blocks"  # under this key of a parameter tree, axis 0 of every leaf counts blocks
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh (data, fsdp) over `devices`; None: over all devices of all processes.
 
     The axes are Auto: under Explicit axes, plain indexing of a sharded array raises.

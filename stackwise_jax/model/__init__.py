@@ -9,6 +9,7 @@ from stackwise_jax.model.build import (
     create_stack_from_spec,
     padded_vocab,
 )
+from stackwise_jax.model.description import rack_from_dict, rack_to_dict
 from stackwise_jax.model.functional import (
     decode,
     embed_tokens,
@@ -69,6 +70,8 @@ __all__ = [
     "merge_params",
     "padded_vocab",
     "path",
+    "rack_from_dict",
+    "rack_to_dict",
     "regroup",
     "regroup_params",
     "resolve_attention",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
+from stackwise_jax.checkpoint import plain
 from stackwise_jax.errors import RunError, UsageError
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
@@ -69,7 +68,7 @@ def run_command(
 def print_json(answer: Mapping[str, Any]) -> None:
     """Print one JSON object on a line of its own; numbers that JSON does not know (nan, inf) become null."""
     sys.stderr.flush()
-    print(json.dumps(_plain(answer)), flush=True)
+    print(json.dumps(plain(answer)), flush=True)
 
 
 def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
@@ -97,22 +96,3 @@ def _explain(error: BaseException, interrupted: str) -> tuple[str, int]:
         case _:
             what = type(error).__name__ + (f": {text}" if text else "")
             return f"{what}; run again with --debug for the traceback", FAILURE
-
-
-def _plain(value: Any) -> Any:
-    """The value in terms of JSON; numpy and JAX scalars and arrays become numbers and lists, paths become text."""
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {str(key): _plain(entry) for key, entry in value.items()}
-        case list() | tuple() | set() | frozenset():
-            return [_plain(entry) for entry in value]
-        case Path():
-            return str(value)
-        case _ if hasattr(value, "tolist"):
-            return _plain(value.tolist())
-        case _:
-            raise TypeError(f"{type(value).__name__} has no place in a JSON answer")

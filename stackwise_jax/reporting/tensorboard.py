@@ -62,7 +62,7 @@ class TensorBoardReporter:
 
     def _event(self, step: int, **content: Any) -> None:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         if self._writer is None:
             self._directory.mkdir(parents=True, exist_ok=True)

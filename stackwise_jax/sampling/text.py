@@ -68,7 +68,7 @@ def sample(
         "top_k": top_k,
         "top_p": top_p,
         "vocab": vocab_of(tokenizer),
-        "key": jax.random.key(seed),
+        "key": jax.random.key(seed % 2**32),
     }
     if objective_kind == "clm":
         stop_ids = (tokenizer.eos_id, tokenizer.bos_id)
