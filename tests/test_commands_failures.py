@@ -47,8 +47,8 @@ def broken_off(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "tiny"
     save_inside = Recorder.save_inside
 
-    def save_and_stop(recorder, learned, state, meta, extra):
-        save_inside(recorder, learned, state, meta, extra)
+    def save_and_stop(recorder, learned, opt, meta, *where):
+        save_inside(recorder, learned, opt, meta, *where)
         if meta["phase_index"] == 1:
             raise KeyboardInterrupt
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from stackwise_jax.checkpoint import Progress, writing
-from stackwise_jax.config import differing_keys, load_config, resolved_yaml
+from stackwise_jax.config import StackWiseConfig, differing_keys, load_config, resolved_yaml
 from stackwise_jax.curriculum import phase_table
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.errors import UsageError
@@ -68,7 +68,7 @@ def check_directory(setup: Setup) -> bool:
         raise UsageError(
             f"run.dir {run_dir} holds a run and run.resume is never; name another run.dir or run.resume auto"
         )
-    before = load_config(str(run_dir / CONFIG))
+    before = read_config(run_dir)
     free = FREE_KEYS if "auto" in (before.cache.kind, config.cache.kind) else FREE_KEYS | BUDGETS
     if keys := [key for key in differing_keys(before, config) if key not in free]:
         raise UsageError(
@@ -78,6 +78,22 @@ def check_directory(setup: Setup) -> bool:
     if read_rack(run_dir) != setup.rack:
         raise UsageError(f"the rack is not that of {run_dir / RACK}; give the same one, or name another run.dir")
     return True
+
+
+def read_config(run_dir: Path) -> StackWiseConfig:
+    """The configuration of a run.
+
+    Raises:
+        UsageError: there is none, or the file was cut: a run writes down every section.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise UsageError(f"{run_dir} is no run directory (it has no {CONFIG}); name the directory that train printed")
+    config = load_config(path)
+    present = path.read_text(encoding="utf-8").splitlines()
+    if missing := [section for section in config.to_dict() if f"{section}:" not in present]:
+        raise UsageError(f"{path} is damaged (section {missing[0]} is missing); restore it from a copy")
+    return config
 
 
 def read_rack(run_dir: Path) -> Rack:

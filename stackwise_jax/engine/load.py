@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 from stackwise_jax.checkpoint import Progress, Store
-from stackwise_jax.config import StackWiseConfig, load_config
+from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.config.schema import MeshConfig, ObjectiveKind
 from stackwise_jax.curriculum import AttentionMode, Phase, make_plan
 from stackwise_jax.data import Tokenizer, load_tokenizer
-from stackwise_jax.engine.directory import CHECKPOINTS, CONFIG, TOKENIZER, check_unchanged, read_rack
+from stackwise_jax.engine.directory import CHECKPOINTS, TOKENIZER, check_unchanged, read_config, read_rack
 from stackwise_jax.engine.setup import rack_shape
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, stack_item
 from stackwise_jax.errors import UsageError
@@ -95,9 +95,7 @@ def load_rack(run_dir: str | Path, depth: int | None = None) -> LoadedRun:
         RunError: a checkpoint is damaged.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / CONFIG).is_file():
-        raise UsageError(f"{run_dir} is no run directory (it has no {CONFIG}); name the directory that train printed")
-    config = load_config(str(run_dir / CONFIG))
+    config = read_config(run_dir)
     store = Store(run_dir / CHECKPOINTS, keep=config.run.keep)
     progress = store.latest()
     if progress is None:

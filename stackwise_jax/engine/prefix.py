@@ -138,12 +138,14 @@ class PrefixCache:
             embedded = cache_key(**parts, prefix=hashes[:1])
             self._cache.fill(embedded, ids, lambda i: prefix.embed(self._examples(loader, i), visit), tell)
             done, advanced = 1, None
+        cache = self._cache
+        assert cache is not None
         self._parts, self._hashes = parts, []  # nothing is valid until the last advance has ended
         # Stack by stack over all batches, so that each stack is brought to the device once.
         for passed in range(done, len(hashes)):
             forward = prefix.stack(passed - 1)
             key = cache_key(**parts, prefix=hashes[: passed + 1])
-            self._cache.advance(key, lambda i, x, forward=forward: forward(x, self._examples(loader, i)), tell)
+            cache.advance(key, lambda i, x, forward=forward: forward(x, self._examples(loader, i)), tell)
         self._hashes, self._key = hashes, cache_key(**parts, prefix=hashes)
         return advanced
 
