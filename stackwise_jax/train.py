@@ -7,7 +7,6 @@ import dataclasses
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +39,10 @@ def build_parser() -> ConfigArgumentParser:
 
 @contextmanager
 def stop_on_signal():
-    """An event that the first Ctrl-C (or SIGTERM) sets, so that the run saves and stops; the second acts as usual."""
-    stop = threading.Event()
+    """A flag that the first Ctrl-C (or SIGTERM) sets, so that the run saves and stops; the second acts as usual."""
+    from stackwise_jax.engine import StopFlag
+
+    stop = StopFlag()
     before = {}
 
     def ask(number, frame):

@@ -6,7 +6,6 @@ Legend: B batch, T sequence.
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from tiny import leaves, losses, metrics, same_bits, saved, step_parts, summary, tiny, train
 
-from stackwise_jax.engine import NullReporter, Run, load_rack, prepare
+from stackwise_jax.engine import NullReporter, Run, StopFlag, load_rack, prepare
 from stackwise_jax.engine.dryrun import abstract_step
 from stackwise_jax.engine.heldout import HELD_OUT_SEED, held_out, held_out_batches
 from stackwise_jax.engine.loop import run_phase
@@ -384,7 +383,7 @@ def test_a_copy_of_the_input_scores_nothing(objective):
 
 
 def test_stopping_leaves_a_run_that_goes_on_to_the_same_end(tmp_path):
-    stop = threading.Event()
+    stop = StopFlag()
 
     class StopAt(NullReporter):
         def step(self, row):

@@ -1,6 +1,6 @@
 """One engine for every curriculum: it runs a list of phases on a rack."""
 
-from stackwise_jax.engine.events import NullReporter, Reporter
+from stackwise_jax.engine.events import NullReporter, Reporter, StopFlag
 from stackwise_jax.engine.heldout import held_out, held_out_batches
 from stackwise_jax.engine.load import LoadedRun, load_rack
 from stackwise_jax.engine.run import Interrupted, Run
@@ -14,6 +14,7 @@ __all__ = [
     "Reporter",
     "Run",
     "Setup",
+    "StopFlag",
     "TaskSpec",
     "held_out",
     "held_out_batches",

@@ -28,6 +28,21 @@ class Reporter(Protocol):
         peak_device_bytes, peak_host_bytes."""
 
 
+class StopFlag:
+    """Asks a run to save and stop. A plain attribute: signal handlers nest, and the lock of a threading.Event does not."""
+
+    def __init__(self):
+        self._asked = False
+
+    def set(self) -> None:
+        """Ask."""
+        self._asked = True
+
+    def is_set(self) -> bool:
+        """Whether the run was asked."""
+        return self._asked
+
+
 class NullReporter:
     """Says nothing: for tests and for all processes but the first."""
 

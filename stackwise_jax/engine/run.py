@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from stackwise_jax.checkpoint import Progress, by_first_process, plain
 from stackwise_jax.curriculum import Phase
 from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
-from stackwise_jax.engine.events import NullReporter, Reporter
+from stackwise_jax.engine.events import NullReporter, Reporter, StopFlag
 from stackwise_jax.engine.heldout import held_out, held_out_batches
 from stackwise_jax.engine.loop import Feed, run_phase
 from stackwise_jax.engine.prefix import Prefix, PrefixCache
@@ -75,11 +74,11 @@ class PhaseWork:
 class Run:
     """One run, from where its directory stands to its end."""
 
-    def __init__(self, setup: Setup, reporter: Reporter | None = None, stop: threading.Event | None = None):
+    def __init__(self, setup: Setup, reporter: Reporter | None = None, stop: StopFlag | None = None):
         self.setup, self.config, self.phases = setup, setup.config, setup.plan.phases
         self.first = jax.process_index() == 0
         self.reporter: Reporter = reporter if reporter is not None and self.first else NullReporter()
-        self.stop = stop or threading.Event()
+        self.stop = stop or StopFlag()
         self.placement = setup.placement
         self.programs = StepPrograms(self.placement)
         self.loader = setup.loader()
