@@ -29,7 +29,7 @@ class Reporter(Protocol):
 
 
 class StopFlag:
-    """Asks a run to save and stop. A plain attribute: signal handlers nest, and the lock of a threading.Event does not."""
+    """Asks a run to save and stop. It holds no lock: signal handlers nest, and would wait for themselves."""
 
     def __init__(self):
         self._asked = False
