@@ -158,13 +158,8 @@ def test_the_loop_moves_nothing_between_host_and_device_unasked():
 
     def loop(data) -> None:
         state = parts.state()
-        run_phase(
-            lambda data: step(state, parts.frozen, data, parts.constants)[1],
-            iter([data]),
-            range(1),
-            before_step=lambda *_: None,
-            on_metrics=lambda step, *_: seen.append(step),
-        )
+        calls = {"before_step": lambda *_: None, "on_metrics": lambda step, *_: seen.append(step)}
+        run_phase(lambda data: step(state, parts.frozen, data, parts.constants)[1], iter([data]), range(1), **calls)
 
     loop(parts.data)
     assert seen == [0]
