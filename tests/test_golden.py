@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-import threading
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ import pytest
 from tiny import losses, tiny, train
 
 from stackwise_jax.config import StackWiseConfig, load_config
-from stackwise_jax.engine import Interrupted, NullReporter
+from stackwise_jax.engine import Interrupted, NullReporter, StopFlag
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -32,7 +31,7 @@ def two_stacks() -> tuple[StackWiseConfig, int]:
 def quickstart() -> tuple[StackWiseConfig, int]:
     """The first five steps of the quick start with a smaller batch, on text that is the same for every Python."""
     changes = "data.source=synthetic data.synthetic_tokens=50000 data.batch_size=2 data.seq_len=64 run.log_every=1"
-    changes += " run.eval_batches=1 run.save_every=0 run.tensorboard=false"
+    changes += " curriculum.steps=200 run.eval_batches=1 run.save_every=0 run.tensorboard=false"
     return load_config(QUICKSTART, [f"--{change}" for change in changes.split()]), 5
 
 
@@ -42,7 +41,7 @@ RUNS = {"two_stacks": two_stacks, "quickstart": quickstart}
 def first_losses(name: str, run_dir: Path) -> list[float]:
     """The losses of a run up to its last step of interest."""
     config, n_steps = RUNS[name]()
-    stop = threading.Event()
+    stop = StopFlag()
 
     class StopAtTheEnd(NullReporter):
         def step(self, row):
