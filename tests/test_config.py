@@ -151,7 +151,7 @@ WRONG = [
     ("model: 3", "model is 3; write keys below it, such as d_model, "),
     ("- model", 'the file is ["model"]; write keys below it, such as run, '),
     ("curriculum: {phases: 3}", "curriculum.phases is 3; write a list of entries"),
-    ("curriculum: {phases: [3]}", "curriculum.phases[0] is 3; write keys below it, such as path, "),
+    ("curriculum: {phases: [3]}", "curriculum.phases[0] is 3; write keys below it, such as name, "),
     ("curriculum: {phases: [{train: 0}]}", "curriculum.phases[0].train is 0; write a list of whole numbers"),
     ("curriculum: {phases: [{train: [a]}]}", 'curriculum.phases[0].train is ["a"]; write a list of whole numbers'),
     ("model.d_model: 64", "model.d_model is written with dots; in YAML write each section on its own line"),

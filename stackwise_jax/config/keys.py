@@ -40,7 +40,7 @@ def list_keys(section: type = schema.StackWiseConfig, prefix: str = "") -> list[
             keys += list_keys(cast(type, hint), f"{name}.")
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            keys.append(Key(name, hint, default, _comments().get((section.__name__, field.name), "")))
+            keys.append(Key(name, hint, default, _comment(section, field.name)))
     return keys
 
 
@@ -80,8 +80,13 @@ def describe(hint: Any) -> str:
     if get_origin(inner) is Literal:
         text = "one of " + ", ".join(get_args(inner))
     elif get_origin(inner) is list:
-        of_sections = dataclasses.is_dataclass(get_args(inner)[0])
-        text = "a list of entries, each with its own keys" if of_sections else "a list of whole numbers such as [0, 1]"
+        entry = get_args(inner)[0]
+        if dataclasses.is_dataclass(entry):
+            text = "a list of entries, each with its own keys"
+        elif get_origin(entry) is Literal:
+            text = "a list of any of " + ", ".join(get_args(entry))
+        else:
+            text = {int: "a list of whole numbers such as [0, 1]", float: "a list of numbers such as [0.5, 0.1]"}[entry]
     else:
         text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[inner]
     return text + (" or null" if optional else "")
@@ -89,6 +94,11 @@ def describe(hint: Any) -> str:
 
 def _ratio(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _comment(section: type, name: str) -> str:
+    """What schema.py says next to a key of a section, or of a section that it extends."""
+    return next((text for base in section.__mro__ if (text := _comments().get((base.__name__, name)))), "")
 
 
 @cache

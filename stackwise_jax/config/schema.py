@@ -18,7 +18,27 @@ NoiseSchedule = Literal["linear", "cosine", "exponential"]
 Corruption = Literal["auto", "fixed", "fresh"]
 OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
 LrSchedule = Literal["constant", "cosine", "linear", "wsd"]
-PlanName = Literal["rackwise", "stackwise", "layerwise", "blockwise", "append", "custom"]
+PlanName = Literal[
+    "rackwise",
+    "stackwise",
+    "layerwise",
+    "blockwise",
+    "append",
+    "prepend",
+    "grow",
+    "keep_last",
+    "cycle",
+    "independent",
+    "fusion",
+    "joint",
+    "custom",
+]
+TimeKind = Literal["none", "depth", "input"]
+StackInit = Literal["random", "copy", "zero"]
+WhenLearns = Literal["auto", "always", "first", "last", "never"]
+AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+AdapterStrategy = Literal["simplified", "progressive", "variable"]
+AdapterPattern = Literal["constant", "increasing", "decreasing", "linear"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,9 @@ class RunConfig:
     dir: str | None = None  # the run directory; None: runs/<name>
     name: str | None = None  # None: the stem of the config file
     seed: int = 0  # of all that is random: weights, order of batches, corruption, dropout
+    init_from: str | None = None  # a run directory whose trained weights this run starts from
+    init_depth: int | None = None  # init_from: as the other run was at this depth; None: as it ended
+    init_stacks: list[int] = field(default_factory=list)  # init_from: its stacks that become 0, 1, ..; empty: all
     resume: Literal["auto", "never"] = "auto"  # auto: the same command again continues; never: refuse an existing run
     save_every: int = 200  # steps between checkpoints inside a phase; 0: only when a phase ends
     keep: int = 2  # progress records kept; the stacks that they need are never removed
@@ -91,6 +114,11 @@ class ModelConfig:
     freeze_up_proj: bool = True  # the SwiGLU up-projection is fixed random: seeded, not trained, not in the optimizer
     tie_embeddings: bool = False  # the head's kernel is the embedding
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    residual_gain: float = 1.0  # both branches of a block are multiplied by it before they are added; 1: off
+    spectral_norm: float = 0.0  # the largest singular value that a matrix of a block acts with; 0: off
+    time_embedding: Literal["sinusoidal", "learned"] = (
+        "sinusoidal"  # objective.time input: how the share enters
+    )
     init_std: float = 0.02  # of the initial head; of the embedding times sqrt(d_model), or the same where tied
     param_dtype: Literal["fp32", "bf16"] = "fp32"  # of what learns
     compute_dtype: Dtype = "fp32"  # of activations and matrix products; norms and softmax are fp32
@@ -108,34 +136,11 @@ class ObjectiveConfig:
     min_fraction: float = 0.15  # diffusion, range
     max_fraction: float = 0.90  # diffusion, range
     schedule: NoiseSchedule = "linear"  # diffusion: how the masked share grows with t
+    time: TimeKind = "none"  # diffusion: depth: each stack has its level of noise; input: the hidden share is an input
+    levels: list[float] = field(default_factory=list)  # time depth: share hidden at each stack; empty: by schedule
+    interval_overlap: float = 0.0  # plan independent: how far each cut of the noise reaches into the next, in cuts
     corruption: Corruption = "auto"  # auto: fixed where the prefix is cached, fresh elsewhere
     attention_mode: ObjectiveMode = "auto"  # auto: causal for clm, else bidirectional; model: each block's own
-
-
-@dataclass(frozen=True)
-class PhaseConfig:
-    """One entry of curriculum.phases (plan custom). None: as in the sections objective, optimizer and curriculum."""
-
-    path: list[int] = field(default_factory=list)  # stack ids, input to head; empty: all
-    train: list[int] = field(default_factory=list)  # stack ids that learn
-    train_embed: bool = False  # the embedding learns
-    train_head: bool = True  # final norm and head learn
-    name: str | None = None  # None: phase <number>
-    steps: int | None = None  # None: curriculum.steps
-    lr: float | None = None  # None: optimizer.lr
-    frozen: Dtype | None = None  # None: curriculum.frozen
-    objective: ObjectiveConfig | None = None  # keys left out keep their defaults
-
-
-@dataclass(frozen=True)
-class CurriculumConfig:
-    """Which list of phases is run."""
-
-    plan: PlanName = "stackwise"  # custom: the list in phases
-    steps: int = 200  # per phase
-    block_size: int = 2  # blockwise: blocks per stack after regrouping
-    frozen: Dtype = "fp32"  # how weights that do not learn are stored
-    phases: list[PhaseConfig] = field(default_factory=list)  # custom
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,102 @@ class OptimizerConfig:
     eps: float = 1e-8  # adamw: added to the root of the squares
     grad_clip: float = 1.0  # global norm; 0: off
     microbatches: int = 1  # the batch is cut in so many parts inside the step; gradients are those of the full batch
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One stack in the table of adapters.strategy variable."""
+
+    rank: int = 8
+    alpha: float = 16.0
+
+
+@dataclass(frozen=True)
+class AdaptersConfig:
+    """LoRA adapters (Hu et al. 2021): y = x W + alpha / rank * x A B."""
+
+    rank: int = 8  # of the adapter that a stack gets when it is frozen; 0: none
+    alpha: float = 16.0
+    trunk_rank: int = 4  # of the adapter that all earlier stacks get when a new one arrives; 0: none
+    trunk_alpha: float = 8.0
+    dropout: float = 0.0  # share of the adapter's input that is dropped in training
+    targets: list[AdapterTarget] = field(default_factory=lambda: ["q", "k", "v", "o", "gate", "up", "down"])
+    strategy: AdapterStrategy = "simplified"  # one rank; ranks by depth (rank_pattern, alpha_pattern); or the table
+    rank_pattern: AdapterPattern = "constant"  # progressive: from rank at the input: doubling, halving, by rank more
+    alpha_pattern: AdapterPattern = "constant"  # progressive: the same for alpha
+    table: list[AdapterRow] = field(default_factory=list)  # variable: per stack, from the input
+    lr: float | None = None  # highest of the phase; None: optimizer.lr
+    merge: bool = False  # at each phase border merge them into the weights and begin anew (ReLoRA, Lialin et al. 2023)
+    load_from: str | None = None  # a run directory whose adapters are put on this rack's stacks
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What one phase of a plan has of its own. None: as in the sections objective, optimizer and curriculum."""
+
+    name: str | None = None  # None: the plan's
+    steps: int | None = None  # None: curriculum.steps
+    lr: float | None = None  # None: optimizer.lr
+    frozen: Dtype | None = None  # None: curriculum.frozen
+    level: float | None = None  # the share hidden, diffusion; None: the plan's
+    objective: ObjectiveConfig | None = None  # keys left out keep their defaults
+    optimizer: OptimizerConfig | None = None  # keys left out keep their defaults
+
+
+@dataclass(frozen=True)
+class PhaseConfig(StageConfig):
+    """One entry of curriculum.phases (plan custom)."""
+
+    path: list[int] = field(default_factory=list)  # stack ids, input to head; empty: all
+    train: list[int] = field(default_factory=list)  # stack ids that learn
+    adapt: list[int] = field(default_factory=list)  # stack ids of which only the adapters learn
+    train_embed: bool = False  # the embedding learns
+    train_head: bool = True  # final norm and head learn
+    init: StackInit | None = None  # of stacks that the phase grows; None: curriculum.init
+    keep_optimizer: bool = False  # what learned before goes on with its optimizer state
+    merge_adapters: bool = False  # at the start of the phase, into the weights
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A plan and its arguments."""
+
+    plan: PlanName = "stackwise"  # custom: the list in phases
+    steps: int = 200  # per phase
+    steps_growth: float = 1.0  # each phase has so many times the steps of the one before
+    stages: list[StageConfig] = field(default_factory=list)  # what single phases have of their own, in their order
+    block_size: int = 2  # blockwise: blocks per stack after regrouping
+    frozen: Dtype = "fp32"  # how weights that do not learn are stored
+    frozen_stacks: list[Dtype] = field(default_factory=list)  # the same for each stack from the input; empty: frozen
+    stacks_per_stage: list[int] = field(default_factory=lambda: [1])  # new or learning stacks; the last entry repeats
+    init: StackInit = "random"  # of new stacks; copy: of the nearest there is; zero: random, but identity at birth
+    overlap: int = 0  # append, prepend, keep_last: earlier stacks next to the new ones that go on learning
+    train_embed: WhenLearns = "auto"  # in which phases the embedding learns; auto: what suits the plan
+    train_head: WhenLearns = "auto"  # the same for final norm and head
+    decay: Literal["every", "last"] = "every"  # the learning rate decays in every phase, or only in the last
+    optimizer_state: Literal["auto", "keep", "reset"] = "auto"  # at borders; auto: kept where stacks go on learning
+    trunk: Literal["frozen", "adapt"] = "frozen"  # stacks that do not learn: fixed, or their adapters learn
+    rounds: int = 1  # cycle: how often each stack has its turn
+    last_learns: bool = True  # keep_last: the last stack goes on learning after the first phase
+    learn: list[int] = field(default_factory=list)  # fusion: stacks that learn; empty: the last
+    consistency: float = 0.0  # prepend: weight of the distance between new stacks' output and the suffix's old input
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    phases: list[PhaseConfig] = field(default_factory=list)  # custom
+
+
+@dataclass(frozen=True)
+class PlanEntryConfig(PlanConfig):
+    """One entry of curriculum.plans; keys left out keep their defaults."""
+
+    share: float = 1.0  # its part of curriculum.budget, relative to the other entries
+
+
+@dataclass(frozen=True)
+class CurriculumConfig(PlanConfig):
+    """Which list of phases is run."""
+
+    budget: str | None = None  # of the whole run, "3000 steps", "5M tokens" or "2e15 flops": scales the steps of phases
+    plans: list[PlanEntryConfig] = field(default_factory=list)  # run one after another, in the place of plan
 
 
 @dataclass(frozen=True)

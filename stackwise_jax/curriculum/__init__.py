@@ -1,6 +1,14 @@
 """Curricula: what a phase is, and the plans that make lists of phases. Pure data, no JAX."""
 
-from stackwise_jax.curriculum.phase import AttentionMode, Noise, Objective, Phase
+from stackwise_jax.curriculum.phase import (
+    AdapterSpec,
+    AttentionMode,
+    Consistency,
+    Noise,
+    Objective,
+    Phase,
+    StackAdapter,
+)
 from stackwise_jax.curriculum.plans import (
     PLANS,
     Plan,
@@ -13,12 +21,15 @@ from stackwise_jax.curriculum.plans import (
 
 __all__ = [
     "PLANS",
+    "AdapterSpec",
     "AttentionMode",
+    "Consistency",
     "Noise",
     "Objective",
     "Phase",
     "Plan",
     "RackShape",
+    "StackAdapter",
     "config_shape",
     "format_phase_table",
     "make_plan",
