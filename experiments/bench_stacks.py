@@ -31,7 +31,8 @@ from stackwise_jax.engine import Run, prepare
 from stackwise_jax.engine.dryrun import abstract_step, device_bytes
 from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
 from stackwise_jax.engine.resident import step_spec
-from stackwise_jax.engine.weights import Weights, Window
+from stackwise_jax.engine.weights import Weights
+from stackwise_jax.engine.window import Window
 
 BLOCKS_PER_STACK = 2
 DEPTHS = (12, 24, 48)  # blocks

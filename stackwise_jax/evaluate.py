@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
+from stackwise_jax.config.schema import ObjectiveKind
+from stackwise_jax.curriculum.phase import AttentionMode
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting import add_common, run_command
 
@@ -28,7 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data.path", dest="path", metavar="FILE", help="a text, .jsonl or folder of your own")
     parser.add_argument("--depth", type=int, help="use the first K stacks only; not given: all that were trained")
     parser.add_argument("--batches", type=int, default=0, help="at most so many batches; 0: the whole text")
-    parser.add_argument("--draws", type=int, default=1, help="mlm, diffusion: corruptions of the text to average over")
+    parser.add_argument("--draws", type=int, default=4, help="mlm, diffusion: corruptions of the text to average over")
+    kinds, modes = get_args(ObjectiveKind), get_args(AttentionMode)
+    parser.add_argument("--objective", choices=kinds, help="another one than the last phase was trained on")
+    parser.add_argument("--attention_mode", choices=modes, help="another one; not given: what goes with the objective")
     add_common(parser)
     return parser
 
@@ -37,20 +42,31 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Run the command; returns the answer for --json."""
     if args.batches < 0 or args.draws < 1:
         raise UsageError(f"--batches is {args.batches} and --draws {args.draws}; write at least 0 and 1")
-    from stackwise_jax.engine import load_rack
-    from stackwise_jax.evaluation import evaluate_run, held_out_text
+    from stackwise_jax.engine import load_experts, load_rack
+    from stackwise_jax.evaluation import evaluate_experts, evaluate_run, held_out_text, task_of
 
-    loaded = load_rack(args.run, depth=args.depth)
+    experts = load_experts(args.run) if args.depth is None else [load_rack(args.run, depth=args.depth)]
+    loaded, measure = experts[-1], {"limit": args.batches, "draws": args.draws}
     dataset = held_out_text(loaded, args.path)
-    result = evaluate_run(loaded, dataset, limit=args.batches, draws=args.draws)
+    if len(experts) == 1:
+        task = task_of(loaded, args.objective, args.attention_mode)
+        result = evaluate_run(loaded, dataset, task=task, **measure)
+    elif args.objective or args.attention_mode:
+        raise UsageError(
+            f"{args.run} holds {len(experts)} denoisers, one for each interval of noise; leave --objective and "
+            "--attention_mode out"
+        )
+    else:
+        result = evaluate_experts(experts, dataset, **measure)
+    depth = sum(len(expert.rack.stacks) for expert in experts)
     error = f" ± {result['standard_error']:.4f}" if result["standard_error"] else ""
     print(
-        f"{_MEASURES[result['noise']]}, depth {len(loaded.rack.stacks)}, {result['tokens']:.0f} tokens of "
+        f"{_MEASURES[result['noise']]}, depth {depth}, {result['tokens']:.0f} tokens of "
         f"{args.path or 'the held-out text'}\n"
         f"loss {result['loss']:.4f} nats per token · perplexity {result['perplexity']:.2f} · "
         f"{result['bits_per_byte']:.4f}{error} bits per byte · accuracy {result['accuracy']:.3f}"
     )
-    return {"run": args.run, "depth": len(loaded.rack.stacks)} | result
+    return {"run": args.run, "depth": depth} | result
 
 
 def main(argv: Sequence[str] | None = None) -> int:

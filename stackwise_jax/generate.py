@@ -6,10 +6,15 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting.command import add_common, run_command
+
+if TYPE_CHECKING:
+    from stackwise_jax.engine import LoadedRun
+
+ORDERS = ("confidence", "random", "entropy", "margin")  # those of sampling, whose import would delay --help
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stackwise_jax.generate",
         description="Continue a text with the model of a run: left to right with a key/value cache (objective clm), or "
-        "by unmasking a block behind the prompt (mlm, diffusion).",
+        "by unmasking a block behind the prompt (mlm, diffusion): in several passes, in one where depth is time, or "
+        "by one stack after the other where stacks were trained apart.",
     )
     parser.add_argument("run", metavar="RUN", help="a run directory")
     parser.add_argument("--prompt", default="", help="text to start from (default: empty)")
@@ -35,11 +41,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="only the likeliest tokens that reach this probability together; 1: all (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="mlm, diffusion: forward passes (default: one per token)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="mlm, diffusion: forward passes (default: one per token; one per stack where stacks were trained apart)",
+    )
     parser.add_argument(
         "--order",
-        choices=("confidence", "random"),
+        choices=ORDERS,
         help="mlm, diffusion: which tokens are unmasked first (default: confidence)",
+    )
+    parser.add_argument(
+        "--block_size",
+        type=int,
+        help="mlm, diffusion: finish blocks of so many tokens from left to right (default: all tokens at once)",
     )
     parser.add_argument("--depth", type=int, help="use the first DEPTH stacks only (default: all that were trained)")
     add_common(parser)
@@ -52,38 +67,28 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     `seconds` covers the sampling from prompt to text, its compilation included, and `tokens` are the new ones.
 
     Raises:
-        UsageError: the run does not exist, or an argument is out of its range or does not go with the run's objective.
+        UsageError: the run does not exist, or an argument is out of its range or does not go with the run's model.
     """
-    from stackwise_jax.engine import load_rack
-    from stackwise_jax.sampling import sample
+    from stackwise_jax.sampling import model_of, sample
 
     if not _is_text(args.prompt):
         raise UsageError("--prompt holds bytes that are no UTF-8 text; write it in UTF-8")
-    loaded = load_rack(args.run, depth=args.depth)
-    causal = loaded.objective_kind == "clm"
-    if causal and (args.steps is not None or args.order is not None):
-        raise UsageError(
-            "--steps and --order are for runs that learned to fill masks (objective.kind mlm or diffusion); the run "
-            f"{args.run} was trained left to right (clm), so leave them out"
-        )
+    runs = load_models(args.run, args.depth)
     start = time.perf_counter()
     result = sample(
-        loaded.rack,
-        loaded.params,
-        loaded.tokenizer,
-        args.prompt,
-        objective_kind=loaded.objective_kind,
-        attention_mode=loaded.attention_mode,
+        **model_of(runs),
+        prompt=args.prompt,
         max_tokens=args.max_tokens,
         seed=args.seed,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         steps=args.steps,
-        order=args.order or "confidence",
+        order=args.order,
+        block_size=args.block_size,
     )
     seconds = time.perf_counter() - start
-    _warn_of_length(result.n_prompt + result.n_new, loaded.config.data.seq_len)
+    _warn_of_length(result.n_prompt + result.n_new, runs[0].config.data.seq_len)
     print(result.text)
     return {
         "prompt": args.prompt,
@@ -92,6 +97,13 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_second": result.n_new / seconds,
     }
+
+
+def load_models(run_dir: str, depth: int | None) -> list[LoadedRun]:
+    """The models of a run that sample together: one, or those that were trained apart; at a depth always one."""
+    from stackwise_jax.engine import load_experts, load_rack
+
+    return load_experts(run_dir) if depth is None else [load_rack(run_dir, depth=depth)]
 
 
 def _is_text(argument: str) -> bool:

@@ -29,7 +29,8 @@ from stackwise_jax.engine.prefix import Prefix, PrefixCache
 from stackwise_jax.engine.programs import StepPrograms
 from stackwise_jax.engine.resident import step_spec
 from stackwise_jax.engine.step import train_step
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, stack_item
+from stackwise_jax.engine.window import Window
 from stackwise_jax.errors import RunError
 from stackwise_jax.memory import cache as cache_module
 
@@ -115,7 +116,7 @@ def cache_contents(config: StackWiseConfig) -> Any:
     phase, key = dataclasses.replace(parts.plan.phases[1], steps=3), jax.random.key(0)
     task, loader, weights = parts.task(phase), parts.loader(), Weights(parts.rack, parts.placement, None, key)
     prefix = Prefix(weights, phase, task, parts.placement, key)
-    for item in prefix.items:
+    for item in itertools.chain(*prefix.layers):
         weights.grow(item)
     with pytest.MonkeyPatch.context() as patch:
         real = cache_module.read_ahead

@@ -5,6 +5,7 @@ import pytest
 from stackwise_jax.config import StackWiseConfig, load_config, parse_bytes, validate
 from stackwise_jax.errors import UsageError
 
+DEPTH = "--objective.kind=diffusion --objective.time=depth"
 BAD = [
     ("--run.seed=-1", "run.seed is -1"),
     ("--run.seed=4294967296", "run.seed is 4294967296"),
@@ -86,6 +87,40 @@ BAD = [
     ("--mesh.num_processes=2", "mesh.coordinator is null"),
     ("--mesh.num_processes=2 --mesh.coordinator=localhost", 'mesh.coordinator is "localhost"'),
     ("--mesh.num_processes=2 --mesh.coordinator=localhost:9 --mesh.process_id=2", "mesh.process_id is 2"),
+    ("--run.init_from=", "run.init_from is"),
+    ("--run.init_depth=2", "run.init_depth is 2"),
+    ("--run.init_from=a --run.init_depth=0", "run.init_depth is 0"),
+    ("--run.init_stacks=[0]", "run.init_stacks is [0]"),
+    ("--run.init_from=a --run.init_stacks=[0,0]", "run.init_stacks is [0, 0]"),
+    ("--run.init_from=a --run.init_stacks=[-1]", "run.init_stacks is [-1]"),
+    ("--model.residual_gain=0", "model.residual_gain is 0.0"),
+    ("--model.spectral_norm=-1", "model.spectral_norm is -1.0"),
+    ("--objective.time=depth", 'objective.time is "depth"; write none under clm'),
+    ("--objective.kind=mlm --objective.time=input", 'objective.time is "input"; write none under mlm'),
+    ("--objective.levels=[0.5]", "objective.levels is [0.5]"),
+    (f"{DEPTH} --objective.levels=[0.5,0]", "objective.levels is [0.5, 0.0]"),
+    (f"{DEPTH} --objective.levels=[1.5,0.5]", "objective.levels is [1.5, 0.5]"),
+    (f"{DEPTH} --objective.levels=[0.5,0.6]", "objective.levels is [0.5, 0.6]"),
+    (f"{DEPTH} --objective.levels=[.nan]", "objective.levels[0] is NaN"),
+    (f"{DEPTH} --objective.min_fraction=0", "objective.min_fraction is 0.0"),
+    ("--objective.interval_overlap=-1", "objective.interval_overlap is -1.0"),
+    ("--curriculum.steps_growth=0", "curriculum.steps_growth is 0.0"),
+    ("--curriculum.stacks_per_stage=[]", "curriculum.stacks_per_stage is []"),
+    ("--curriculum.stacks_per_stage=[1,0]", "curriculum.stacks_per_stage is [1, 0]"),
+    ("--curriculum.overlap=-1", "curriculum.overlap is -1"),
+    ("--curriculum.rounds=0", "curriculum.rounds is 0"),
+    ("--curriculum.learn=[1,1]", "curriculum.learn is [1, 1]"),
+    ("--curriculum.consistency=-1", "curriculum.consistency is -1.0"),
+    ("--curriculum.budget=much", 'curriculum.budget is "much"'),
+    ("--curriculum.adapters.rank=-1", "curriculum.adapters.rank is -1"),
+    ("--curriculum.adapters.trunk_rank=-1", "curriculum.adapters.trunk_rank is -1"),
+    ("--curriculum.adapters.alpha=0", "curriculum.adapters.alpha is 0.0"),
+    ("--curriculum.adapters.trunk_alpha=0", "curriculum.adapters.trunk_alpha is 0.0"),
+    ("--curriculum.adapters.dropout=1", "curriculum.adapters.dropout is 1.0"),
+    ("--curriculum.adapters.targets=[]", "curriculum.adapters.targets is []"),
+    ("--curriculum.adapters.targets=[q,q]", 'curriculum.adapters.targets is ["q", "q"]'),
+    ("--curriculum.adapters.lr=0", "curriculum.adapters.lr is 0.0"),
+    ("--curriculum.adapters.load_from=", "curriculum.adapters.load_from is"),
 ]
 
 
@@ -107,7 +142,20 @@ def test_bad_value(line, expected):
     [
         ("{steps: 0}", "curriculum.phases[1].steps is 0; write at least 1"),
         ("{lr: 0}", "curriculum.phases[1].lr is 0.0; write a number above 0"),
-        ("{lr: .nan}", "curriculum.phases[1].lr is NaN; write a number above 0"),
+        ("{lr: .nan}", "curriculum.phases[1].lr is NaN; write a finite number"),
+        ("{level: 0}", "curriculum.phases[1].level is 0.0; write a share above 0"),
+        ("{level: 1.5}", "curriculum.phases[1].level is 1.5; write a share above 0"),
+        ("{optimizer: {lr: 0}}", "curriculum.phases[1].optimizer.lr is 0.0; write a number above 0"),
+        ("{optimizer: {warmup: 0.9}}", "curriculum.phases[1].optimizer.decay is 0.3; write at most 1 minus"),
+        (
+            "{optimizer: {microbatches: 3}}",
+            "data.batch_size is 16; write a multiple of curriculum.phases[1].optimizer.",
+        ),
+        ("{objective: {time: depth}}", 'curriculum.phases[1].objective.time is "depth"; write none under clm'),
+        (
+            "{objective: {kind: diffusion, time: input}}",
+            'curriculum.phases[1].objective.time is "input"; write none, or objective.time input',
+        ),
         ("{objective: {kind: mlm, mask_fraction: 2}}", "curriculum.phases[1].objective.mask_fraction is 2.0; write "),
         (
             "{objective: {kind: clm, attention_mode: bidirectional}}",
@@ -118,6 +166,24 @@ def test_bad_value(line, expected):
 def test_bad_phase_value(phase, expected):
     overrides = ["--curriculum.plan=custom", f"--curriculum.phases=[{{}}, {phase}]"]
     assert refused(overrides).startswith(expected)
+    stages = expected.replace("curriculum.phases", "curriculum.stages")
+    assert refused([f"--curriculum.stages=[{{}}, {phase}]"]).startswith(stages)
+    entries = f"--curriculum.plans=[{{}}, {{stages: [{{}}, {phase}]}}]"
+    assert refused([entries]).startswith(stages.replace("curriculum.", "curriculum.plans[1]."))
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("{steps: 0}", "curriculum.plans[1].steps is 0; write at least 1"),
+        ("{share: 0}", "curriculum.plans[1].share is 0.0; write a number above 0"),
+        ("{plan: blockwise, block_size: 0}", "curriculum.plans[1].block_size is 0; write at least 1"),
+        ("{adapters: {table: [{rank: -1}]}}", "curriculum.plans[1].adapters.table[0].rank is -1; write at least 0"),
+        ("{adapters: {table: [{alpha: 0}]}}", "curriculum.plans[1].adapters.table[0].alpha is 0.0; write a number"),
+    ],
+)
+def test_bad_value_in_an_entry_of_plans(entry, expected):
+    assert refused([f"--curriculum.plans=[{{}}, {entry}]"]).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +204,10 @@ def test_bad_phase_value(phase, expected):
         "--data.source=text --data.path=.",
         "--data.path=/no/such/file",  # python-docs reads none
         "--curriculum.block_size=0",
+        "--run.init_from=a --run.init_depth=2 --run.init_stacks=[1,0]",
+        f"{DEPTH} --objective.levels=[1,0.5,0.5]",
+        "--objective.kind=diffusion --objective.time=input --objective.min_fraction=0",
+        "--curriculum.budget=2e15flops",
     ],
 )
 def test_good_value(line):

@@ -11,21 +11,25 @@ from stackwise_jax.engine import prepare
 from stackwise_jax.engine.dryrun import abstract_step
 from stackwise_jax.engine.resident import step_spec
 from stackwise_jax.engine.step import train_step
-from stackwise_jax.engine.weights import Weights, Window
+from stackwise_jax.engine.weights import Weights
+from stackwise_jax.engine.window import Window
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 # The text decides nothing about shapes but the vocabulary, and synthetic text is read at once.
 TEXT = ["--data.source", "synthetic", "--data.synthetic_tokens", "60000"]
+FRESH = ["--run.init_from", "null"]  # the run to start from is not there, and changes no shape
 
 
 def test_there_are_configurations():
-    assert {"quickstart", "rackwise", "append", "layerwise", "blockwise", "custom"} <= {path.stem for path in CONFIGS}
+    plans = {"rackwise", "append", "prepend", "grow", "keep_last", "cycle", "independent", "fusion", "joint", "custom"}
+    plans |= {"layerwise", "blockwise", "quickstart", "adapters", "depth_time", "input_time", "finetune"}
+    assert plans <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_phase_traces(path, tmp_path):
     validate(load_config(path))
-    setup = prepare(load_config(path, TEXT), tmp_path)
+    setup = prepare(load_config(path, TEXT + FRESH), tmp_path)
     weights = Weights(setup.rack, setup.placement, None, jax.random.key(0))
     traced = set()
     for phase in setup.plan.phases:

@@ -157,11 +157,11 @@ def test_microbatches_give_the_gradient_of_the_full_batch(objective):
         spec = dataclasses.replace(parts.spec, microbatches=n)
         return batch_gradients(spec, learning, frozen, batch, None, None)
 
-    nll, correct, grads = gradients(1, parts.learning, parts.frozen, batch)
+    sums, grads = gradients(1, parts.learning, parts.frozen, batch)
     for n in (2, 4):
-        nll_n, correct_n, grads_n = gradients(n, parts.learning, parts.frozen, batch)
-        assert correct_n == correct
-        np.testing.assert_allclose(nll_n, nll, rtol=1e-6)
+        sums_n, grads_n = gradients(n, parts.learning, parts.frozen, batch)
+        assert sums_n["correct"] == sums["correct"]
+        np.testing.assert_allclose(sums_n["nll"], sums["nll"], rtol=1e-6)
         for name, full in leaves(grads).items():
             assert np.abs(full).max() > 0, name
             np.testing.assert_allclose(leaves(grads_n)[name], full, rtol=1e-5, atol=1e-5 * np.abs(full).max())

@@ -21,7 +21,8 @@ from stackwise_jax.engine.heldout import HELD_OUT_SEED, held_out, held_out_batch
 from stackwise_jax.engine.loop import run_phase
 from stackwise_jax.engine.resident import step_spec
 from stackwise_jax.engine.step import batch_gradients, train_step
-from stackwise_jax.engine.weights import Weights, Window, learning_items, stack_item
+from stackwise_jax.engine.weights import Weights, learning_items, stack_item
+from stackwise_jax.engine.window import Window
 from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.evaluation import evaluate_run, held_out_text
 from stackwise_jax.model import create_block_spec, create_rack_from_specs, init_rack
@@ -87,7 +88,7 @@ def test_a_gradient_reaches_every_leaf_that_learns(tied):
     assert ("kernel" in parts.learning["head"]) != tied
     assert parts.learning.keys() == {"embed", "stacks", "head"}
     assert len(jax.tree.leaves(parts.frozen)) == 1  # the fixed up-projection
-    gradients = jax.jit(lambda *trees: batch_gradients(parts.spec, *trees, None, None)[2])
+    gradients = jax.jit(lambda *trees: batch_gradients(parts.spec, *trees, None, None)[1])
     grads = leaves(gradients(parts.learning, parts.frozen, parts.batch()))
     assert grads.keys() == leaves(parts.learning).keys()
     for path, grad in grads.items():

@@ -154,7 +154,7 @@ def test_bf16_computes_in_bf16_and_stays_near_fp32():
     variables = {"params": exact.init_params(jax.random.key(0))}
     y_BTD = short.apply(variables, x_BTD)
     assert y_BTD.dtype == jnp.bfloat16
-    assert linear(x_BTD, jnp.ones((D, 3)), jnp.bfloat16).dtype == jnp.bfloat16
+    assert linear(x_BTD, {"kernel": jnp.ones((D, 3))}, jnp.bfloat16).dtype == jnp.bfloat16
     error = np.abs(y_BTD.astype(jnp.float32) - exact.apply(variables, x_BTD)).max()
     assert 1e-4 < error < 0.1
     params = make_block(param_dtype="bf16").init_params(jax.random.key(0))

@@ -23,6 +23,7 @@ CLM, MLM, DIFFUSION = (Objective(kind=kind) for kind in ("clm", "mlm", "diffusio
 FIXED = Noise(kind="fixed", low=0.15, high=0.15)
 RANGE = Noise(kind="range", low=0.15, high=0.9)
 ELBO = Noise(kind="elbo")
+PART = Noise(kind="elbo", low=0.25, high=0.5, schedule="cosine")
 HIDING = [(MLM, FIXED), (DIFFUSION, RANGE), (DIFFUSION, ELBO)]
 
 
@@ -50,6 +51,12 @@ def batch_of(objective, noise, examples, seed=0, visit=0, vocab=VOCAB):
     return jax.tree.map(np.asarray, jitted_batch(objective, noise, examples, jax.random.key(seed), visit, vocab))
 
 
+def mass(schedule, n, total) -> np.ndarray:
+    """P(n of total tokens are hidden) over the whole of a schedule."""
+    n = np.float32(n)
+    return np.asarray(SCHEDULES[schedule].mass(n - 1, n, np.float32(total)))
+
+
 def assert_same(a, b):
     for name, x, y in zip(a._fields, a, b, strict=True):
         np.testing.assert_array_equal(x, y, err_msg=name)
@@ -69,7 +76,7 @@ def test_clm_predicts_the_next_token_of_the_same_document():
 def test_dtypes_and_what_is_passed_on(objective, noise):
     examples = examples_of([32, [10, 12], 7])
     batch = batch_of(objective, noise, examples)
-    assert [x.dtype for x in batch] == [np.int32, np.int32, np.float32, np.float32, np.int32, np.int32]
+    assert [x.dtype for x in batch] == [np.int32, np.int32, np.float32, np.float32, np.int32, np.int32, np.float32]
     np.testing.assert_array_equal(batch.positions_BT, examples.positions_BT)
     np.testing.assert_array_equal(batch.segment_ids_BT, examples.segment_ids_BT)
 
@@ -145,7 +152,7 @@ def test_every_position_is_chosen_equally_often():
     assert np.abs(counts[:8] / draws - 0.25).max() < 4.5 * math.sqrt(0.25 * 0.75 / draws)
 
 
-@pytest.mark.parametrize(("objective", "noise"), HIDING)
+@pytest.mark.parametrize(("objective", "noise"), [*HIDING, (DIFFUSION, PART)])
 def test_an_example_does_not_depend_on_its_batch(objective, noise):
     examples = examples_of([32, 20, [9, 9], 3, 32, 17])
     whole = batch_of(objective, noise, examples, seed=7)
@@ -175,9 +182,32 @@ def test_seed_visit_and_example_change_the_corruption(change):
 
 
 def test_more_noise_hides_a_superset():
-    examples = examples_of([32] * 8)
-    low, high = (batch_of(DIFFUSION, Noise(kind="fixed", low=s, high=s), examples).weights_BT > 0 for s in (0.2, 0.6))
-    assert (low <= high).all() and high.sum() > low.sum()
+    examples = examples_of([32, 32, [9, 4], 5] * 2)
+    shares = (0.2, 0.6, 1.0)
+    batches = [batch_of(DIFFUSION, Noise(kind="fixed", low=s, high=s), examples) for s in shares]
+    for low, high in itertools.pairwise(batches):
+        assert (low.weights_BT <= high.weights_BT).all() and high.weights_BT.sum() > low.weights_BT.sum()
+    np.testing.assert_array_equal(batches[-1].weights_BT, examples.segment_ids_BT != 0)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_diffusion_at_a_share_masks_all_that_it_chooses(share):
+    examples = examples_of([32, 20, [8, 4], 8])
+    batch = batch_of(DIFFUSION, Noise(kind="fixed", low=share, high=share), examples)
+    chosen = batch.weights_BT > 0
+    np.testing.assert_array_equal(chosen.sum(1), share * np.array([32, 20, 12, 8]))
+    np.testing.assert_array_equal(batch.weights_BT, chosen)
+    np.testing.assert_array_equal(batch.counts_BT, chosen)
+    np.testing.assert_array_equal(batch.inputs_BT == VOCAB.mask_id, chosen)
+
+
+@pytest.mark.parametrize(("objective", "noise"), [(CLM, Noise()), *HIDING, (DIFFUSION, PART)])
+def test_the_hidden_share_is_that_of_the_real_tokens(objective, noise):
+    examples = examples_of([32, 20, [9, 4], 1, 0])
+    batch = batch_of(objective, noise, examples)
+    n_hidden = np.zeros(5) if objective is CLM else (batch.weights_BT > 0).sum(1)
+    np.testing.assert_allclose(batch.hidden_B, n_hidden / [32, 20, 13, 1, 1], rtol=1e-6)
+    assert objective is CLM or (batch.hidden_B[:3] > 0).all()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -198,9 +228,11 @@ def test_schedule_is_a_map_onto_0_1_and_its_masses_are_exact(name):
         "exponential": lambda x: np.log1p(x * np.expm1(3)) / 3,
     }[name]
     for total in (1, 2, 7, 4096):
-        n = np.arange(1, total + 1)
-        mass = np.asarray(schedule.mass(n.astype(np.float32), np.float32(total)))
-        np.testing.assert_allclose(mass, inverse(n / total) - inverse((n - 1) / total), rtol=2e-6)
+        last = np.arange(1, total + 1)
+        for first in (last - 1, last // 2, 0 * last):
+            mass = schedule.mass(np.float32(first), np.float32(last), np.float32(total))
+            np.testing.assert_allclose(mass, inverse(last / total) - inverse(first / total), rtol=2e-6)
+        assert not np.asarray(schedule.mass(np.float32(last - 1), np.float32(last - 1), np.float32(total))).any()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -215,9 +247,7 @@ def test_counts_follow_the_schedule(name, kind):
         assert np.abs(n / 10 - share).max() <= 0.05 + 1e-6
     else:
         drawn = np.bincount(n, minlength=11)[1:] / len(u)
-        np.testing.assert_allclose(
-            drawn, SCHEDULES[name].mass(np.arange(1, 11, dtype=np.float32), np.float32(10)), atol=2e-5
-        )
+        np.testing.assert_allclose(drawn, mass(name, np.arange(1, 11), 10), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -242,7 +272,7 @@ def test_elbo_is_the_mean_over_all_orders(name):
         masks = list(itertools.combinations(range(size), n))
         weight = float(hidden_weight(noise, np.int32(n), np.int32(size)))
         mean_over_masks = np.mean([sum(weight * nll[i, hidden] for i in hidden) for hidden in masks])
-        exact += float(SCHEDULES[name].mass(np.float32(n), np.float32(size))) * mean_over_masks
+        exact += float(mass(name, n, size)) * mean_over_masks
         sampled += (counts == n).mean() * mean_over_masks
     np.testing.assert_allclose(exact, np.mean(per_order), rtol=2e-6)
     np.testing.assert_allclose(sampled, np.mean(per_order), rtol=1e-4)
@@ -257,7 +287,7 @@ def test_elbo_weights_of_a_real_batch_average_to_one_per_token(name):
     assert abs(per_row.mean() - 1) < 4 * max(per_row.std(), 1e-6) / math.sqrt(len(per_row))
     for b in batch:
         n, n_real = (b.weights_BT > 0).sum(1, dtype=np.float32), b.counts_BT.sum(1)
-        expected = 1 / (n * np.asarray(SCHEDULES[name].mass(n, n_real)))
+        expected = 1 / (n * mass(name, n, n_real))
         np.testing.assert_allclose(b.weights_BT.max(1), expected, rtol=1e-5)
         if name == "linear":
             np.testing.assert_allclose(b.weights_BT.max(1), n_real / n, rtol=1e-6)
@@ -266,6 +296,7 @@ def test_elbo_weights_of_a_real_batch_average_to_one_per_token(name):
 def test_max_targets_is_a_tight_bound():
     assert max_targets(CLM, Noise(), 64) == 64
     assert max_targets(DIFFUSION, ELBO, 64) == 64
+    assert max_targets(DIFFUSION, PART, 64) == 32
     assert max_targets(DIFFUSION, RANGE, 64) == math.ceil(0.9 * 64)
     assert max_targets(MLM, FIXED, 3) == 1
     lengths = np.arange(1, 1001, dtype=np.int32)

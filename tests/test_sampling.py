@@ -7,10 +7,21 @@ import jax
 import numpy as np
 import pytest
 
+from stackwise_jax.curriculum.phase import Noise
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import create_simple_rack
 from stackwise_jax.objectives.batch import Vocab
-from stackwise_jax.sampling import causal, generate_causal, generate_unmask, sample, sample_text, unmask_counts
+from stackwise_jax.sampling import (
+    Expert,
+    causal,
+    generate_causal,
+    generate_unmask,
+    model_of,
+    sample,
+    sample_text,
+    text,
+    unmask_counts,
+)
 
 VOCAB = Vocab(size=40, mask_id=3, pad_id=0, n_special=4)
 GREEDY = {"max_tokens": 8, "temperature": 0.0}
@@ -115,25 +126,46 @@ def test_unmask_counts_settle_every_token_on_the_cosine_grid(length, steps):
         np.testing.assert_allclose(left_S, grid_S, atol=1.0)
 
 
-def unmask_by_hand(rack, params, prompt_P, length, steps, mode):
-    """Confidence order at temperature 0, one pass at a time on the bare row (no padding, no segment ids)."""
+def sureness_by_hand(logits_TV, order):
+    odds_TV = np.exp(logits_TV - logits_TV.max(-1, keepdims=True), dtype=np.float64)
+    probs_TV = odds_TV / odds_TV.sum(-1, keepdims=True)
+    if order == "entropy":
+        return (probs_TV * np.log(np.maximum(probs_TV, 1e-300))).sum(-1)
+    second_T, best_T = np.sort(probs_TV)[:, -2:].T
+    return best_T if order == "confidence" else best_T - second_T
+
+
+def unmask_by_hand(rack, params, prompt_P, length, steps, mode, order="confidence", block=None):
+    """Temperature 0, one pass at a time on the bare row (no padding, no segment ids), blocks of equal length."""
     row_T = np.concatenate([prompt_P, np.full(length, VOCAB.mask_id)]).astype(np.int32)
-    for count in unmask_counts(length, steps):
-        logits_TV = np.asarray(full_logits(rack, params, row_T, mode))[:, 4:40]
-        odds_TV = np.exp(logits_TV - logits_TV.max(-1, keepdims=True))
-        confidence_T = (odds_TV / odds_TV.sum(-1, keepdims=True)).max(-1)
-        confidence_T[row_T != VOCAB.mask_id] = -1
-        chosen = np.argsort(-confidence_T)[:count]
-        row_T[chosen] = logits_TV[chosen].argmax(-1) + 4
+    block = block or length
+    for start in range(len(prompt_P), len(row_T), block):
+        for count in unmask_counts(block, steps * block // length):
+            logits_TV = np.asarray(full_logits(rack, params, row_T, mode))[:, 4:40]
+            sure_T = sureness_by_hand(logits_TV, order)
+            sure_T[(row_T != VOCAB.mask_id) | (np.arange(len(row_T)) >= start + block)] = -np.inf
+            chosen = np.argsort(-sure_T)[:count]
+            row_T[chosen] = logits_TV[chosen].argmax(-1) + 4
     return row_T
 
 
-@pytest.mark.parametrize(("steps", "mode"), [(1, "bidirectional"), (10, "bidirectional"), (4, "causal")])
-def test_confidence_order_equals_a_plain_loop(masked_model, steps, mode):
+@pytest.mark.parametrize(
+    ("steps", "mode", "order", "block"),
+    [
+        (1, "bidirectional", "confidence", None),
+        (12, "bidirectional", "confidence", None),
+        (4, "causal", "confidence", None),
+        (5, "bidirectional", "entropy", None),
+        (5, "bidirectional", "margin", None),
+        (6, "bidirectional", "confidence", 4),
+        (12, "bidirectional", "margin", 3),
+    ],
+)
+def test_unmasking_equals_a_plain_loop(masked_model, steps, mode, order, block):
     prompt_P = prompt_of(6)
-    how = {"key": ROOT_KEY, "temperature": 0.0, "vocab": VOCAB, "attention_mode": mode}
-    ids = generate_unmask(*masked_model, prompt_P, length=10, steps=steps, **how)
-    np.testing.assert_array_equal(ids, unmask_by_hand(*masked_model, prompt_P, 10, steps, mode))
+    how = {"key": ROOT_KEY, "temperature": 0.0, "vocab": VOCAB, "attention_mode": mode, "order": order}
+    ids = generate_unmask(*masked_model, prompt_P, length=12, steps=steps, block_size=block, **how)
+    np.testing.assert_array_equal(ids, unmask_by_hand(*masked_model, prompt_P, 12, steps, mode, order, block))
 
 
 def test_random_order_depends_on_the_key_alone(masked_model):
@@ -172,8 +204,12 @@ def test_wrong_arguments_are_refused_by_name(causal_model, masked_model):
         generate_causal(*causal_model, [], max_tokens=1, **how)
     with pytest.raises(UsageError, match="steps"):
         generate_unmask(*masked_model, prompt_of(3), length=4, steps=0, **how)
-    with pytest.raises(UsageError, match="order"):
+    with pytest.raises(UsageError, match="confidence, random, entropy or margin"):
         generate_unmask(*masked_model, prompt_of(3), length=4, order="best", **how)
+    with pytest.raises(UsageError, match="block_size is 0"):
+        generate_unmask(*masked_model, prompt_of(3), length=4, block_size=0, **how)
+    with pytest.raises(UsageError, match="steps is 2 and there are 3 blocks"):
+        generate_unmask(*masked_model, prompt_of(3), length=5, steps=2, block_size=2, **how)
 
 
 def letters():
@@ -198,3 +234,38 @@ def test_text_starts_with_the_prompt(causal_model, masked_model, objective_kind,
     assert result.text == sample_text(*model, letters(), prompt, **how)
     if objective_kind != "clm":
         assert len(result.text) == len(prompt) + 5
+
+
+def test_the_way_follows_from_what_the_model_is(masked_model, monkeypatch):
+    ways = []
+    for name in ("generate_unmask", "generate_depth", "generate_independent"):
+        way = getattr(text, name)
+        monkeypatch.setattr(
+            text, name, lambda *args, _way=way, **how: (ways.append(_way.__name__), _way(*args, **how))[1]
+        )
+    rack, params = masked_model
+    how = {"objective_kind": "diffusion", "max_tokens": 6, "order": "margin"}
+    experts = [Expert(0.5, 1.0, rack, params), Expert(0.0, 0.5, rack, params)]
+    for model in ({}, {"levels": (0.9, 0.4)}, {"experts": experts}, {"experts": experts, "levels": (0.9, 0.4)}):
+        assert len(sample_text(rack, params, letters(), "abc", **model, **how)) == 9
+    assert ways == ["generate_unmask", "generate_depth", "generate_independent", "generate_independent"]
+
+
+def run_of(low, high, levels=None):
+    phase = SimpleNamespace(noise=Noise(kind="range", low=low, high=high))
+    names = {"objective_kind": "diffusion", "attention_mode": None, "tokenizer": letters(), "rack": low, "params": {}}
+    return SimpleNamespace(phase=phase, levels=levels, **names)
+
+
+def test_models_of_falling_noise_sample_together_and_others_alone():
+    found = model_of([run_of(0.6, 1.0), run_of(0.3, 0.7), run_of(0.0, 0.4)])
+    assert [(e.low, e.high, e.rack) for e in found["experts"]] == [(0.6, 1.0, 0.6), (0.3, 0.7, 0.3), (0.0, 0.4, 0.0)]
+    for runs in ([run_of(0.0, 1.0)], [run_of(0.0, 1.0)] * 2, [run_of(0.0, 0.5), run_of(0.5, 1.0)]):
+        assert model_of(runs)["experts"] == ()
+        assert model_of(runs)["rack"] == runs[-1].rack
+
+
+def test_levels_count_only_where_they_fall_with_depth():
+    assert model_of([run_of(0.5, 0.5, levels=(0.9, 0.9, 0.2))])["levels"] == (0.9, 0.9, 0.2)
+    assert model_of([run_of(0.5, 0.5, levels=(0.2, 0.9))])["levels"] is None
+    assert model_of([run_of(0.5, 0.5)])["levels"] is None

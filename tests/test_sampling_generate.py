@@ -9,8 +9,10 @@ import pytest
 
 from stackwise_jax import engine, generate
 from stackwise_jax.config import StackWiseConfig
+from stackwise_jax.curriculum.phase import Noise
 from stackwise_jax.data import ByteTokenizer
 from stackwise_jax.model import create_simple_rack
+from stackwise_jax.sampling import ORDERS
 
 
 @cache
@@ -19,28 +21,40 @@ def model():
     return rack, rack.init_params(jax.random.key(0))
 
 
-@pytest.fixture(params=["clm", "diffusion"])
-def run(request, monkeypatch):
-    """The objective of a run that `load_rack` finds under the name `here`, and the depths it was asked for."""
+def loaded(objective_kind, low=0.0, high=1.0, levels=None):
     rack, params = model()
-    found, load_rack = SimpleNamespace(objective_kind=request.param, depths=[]), engine.load_rack
-
-    def load(run_dir, depth=None):
-        if run_dir != "here":
-            return load_rack(run_dir, depth)
-        found.depths.append(depth)
-        return SimpleNamespace(
-            rack=rack, params=params, tokenizer=ByteTokenizer(), config=StackWiseConfig(),
-            objective_kind=request.param, attention_mode="causal" if request.param == "clm" else "bidirectional",
-        )  # fmt: skip
-
-    monkeypatch.setattr(engine, "load_rack", load)
-    return found
+    return SimpleNamespace(
+        rack=rack, params=params, tokenizer=ByteTokenizer(), config=StackWiseConfig(), objective_kind=objective_kind,
+        attention_mode="causal" if objective_kind == "clm" else "bidirectional", levels=levels,
+        phase=SimpleNamespace(noise=Noise(low=low, high=high)),
+    )  # fmt: skip
 
 
-def test_prints_the_text_and_ends_with_json(run, capsys):
-    arguments = ["here", "--prompt", "Größe ", "--max_tokens", "6", "--temperature", "0", "--depth", "1", "--json"]
-    assert generate.main(arguments) == 0
+@pytest.fixture
+def runs(monkeypatch):
+    """Runs by name instead of from the disk, and the depths that were asked for."""
+    found = {
+        "here": [loaded("diffusion")],
+        "causal": [loaded("clm")],
+        "deep": [loaded("diffusion", levels=(0.8,))],
+        "apart": [loaded("diffusion", 0.5, 1.0), loaded("diffusion", 0.0, 0.5)],
+    }
+    load_experts, load_rack, depths = engine.load_experts, engine.load_rack, []
+
+    def rack_at(run_dir, depth=None):
+        depths.append(depth)
+        return found[run_dir][-1] if run_dir in found else load_rack(run_dir, depth)
+
+    monkeypatch.setattr(engine, "load_experts", lambda run_dir: found.get(run_dir) or load_experts(run_dir))
+    monkeypatch.setattr(engine, "load_rack", rack_at)
+    return depths
+
+
+@pytest.mark.parametrize("name", ["here", "causal", "deep", "apart"])
+@pytest.mark.parametrize("depth", [None, 1])
+def test_prints_the_text_and_ends_with_json(runs, capsys, name, depth):
+    arguments = [name, "--prompt", "Größe ", "--max_tokens", "6", "--temperature", "0", "--json"]
+    assert generate.main(arguments if depth is None else [*arguments, "--depth", "1"]) == 0
     printed, notes = capsys.readouterr()
     answer = json.loads(printed.splitlines()[-1])
     assert set(answer) == {"prompt", "text", "tokens", "seconds", "tokens_per_second"}
@@ -48,11 +62,11 @@ def test_prints_the_text_and_ends_with_json(run, capsys):
     assert answer["text"].startswith("Größe ")
     assert 1 <= answer["tokens"] <= 6
     assert answer["tokens_per_second"] == pytest.approx(answer["tokens"] / answer["seconds"])
-    assert run.depths == [1]
+    assert runs == ([] if depth is None else [depth])
     assert notes == ""
 
 
-def test_says_so_when_the_text_is_longer_than_what_was_trained(run, capsys):
+def test_says_so_when_the_text_is_longer_than_what_was_trained(runs, capsys):
     assert generate.main(["here", "--prompt", "x" * 260, "--max_tokens", "2", "--temperature", "0"]) == 0
     printed, notes = capsys.readouterr()
     assert printed.startswith("x" * 260)
@@ -65,12 +79,15 @@ def test_says_so_when_the_text_is_longer_than_what_was_trained(run, capsys):
         (["nowhere"], "nowhere"),
         (["here", "--temperature", "-1"], "temperature"),
         (["here", "--max_tokens", "-1"], "max_tokens"),
+        (["here", "--block_size", "0"], "block_size"),
+        (["here", "--block_size", "2", "--steps", "3", "--max_tokens", "9"], "block_size"),
+        (["apart", "--steps", "1", "--max_tokens", "9"], "steps is 1"),
         (["here", "--order", "best"], "--order"),
         (["here", "--prompt", "\udcff"], "--prompt"),
         (["here", "--promt", "x"], "--promt"),
     ],
 )
-def test_a_wrong_request_is_one_sentence_and_exit_code_2(run, capsys, arguments, named):
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(runs, capsys, arguments, named):
     assert generate.main(arguments) == 2
     printed, complaint = capsys.readouterr()
     assert printed == ""
@@ -78,7 +95,23 @@ def test_a_wrong_request_is_one_sentence_and_exit_code_2(run, capsys, arguments,
     assert complaint.count("\n") == 1
 
 
-def test_steps_belong_to_unmasking(run, capsys):
-    code = generate.main(["here", "--max_tokens", "4", "--steps", "2", "--order", "random"])
-    assert code == (2 if run.objective_kind == "clm" else 0)
-    assert ("--steps" in capsys.readouterr().err) == (run.objective_kind == "clm")
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("here", []),
+        ("causal", ["--steps", "--order", "--block_size"]),
+        ("deep", ["--steps", "--block_size"]),
+        ("apart", ["--block_size"]),
+    ],
+)
+def test_options_that_a_model_does_not_have_are_refused(runs, capsys, name, refused):
+    for option, value in (("--steps", "2"), ("--order", "entropy"), ("--block_size", "2")):
+        code = generate.main([name, "--max_tokens", "4", *(["--steps", "2"] if name == "here" else []), option, value])
+        complaint = capsys.readouterr().err
+        assert code == (2 if option in refused else 0)
+        assert (option in complaint) == (option in refused)
+        assert complaint.count("\n") == (option in refused)
+
+
+def test_the_orders_of_the_command_are_those_of_the_sampler():
+    assert generate.ORDERS == ORDERS

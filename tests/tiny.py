@@ -21,7 +21,8 @@ from stackwise_jax.engine.prefix import put_examples
 from stackwise_jax.engine.programs import StepPrograms
 from stackwise_jax.engine.resident import constants_of, initial_state, split_phase, step_spec
 from stackwise_jax.engine.step import StepData
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, path_items
+from stackwise_jax.engine.window import Window
 
 TINY = [
     "run.log_every=1",
@@ -103,11 +104,12 @@ def step_parts(config: StackWiseConfig, index: int = 0, examples=None, *, rack=N
     placement, rack = setup.placement, setup.rack
     put = lambda x: placement.put(x, placement.replicated)
     weights = Weights(rack, placement, None, put(jax.random.key(config.run.seed)))
+    weights.declare(phase)
     window = Window(rack, phase)
     spec = step_spec(setup.task(phase), phase, window)
-    for item in (EMBED, HEAD, *map(stack_item, phase.path)):
+    for item in path_items(phase):
         weights.ensure(item, weights.master)
-    stacks = {i: weights.trees[stack_item(i)] for i in phase.window}
+    stacks = {i: weights.full(i) for i in phase.window}
     learning, frozen = split_phase(spec, window, weights.trees[EMBED], weights.trees[HEAD], stacks)
     examples = put_examples(placement, setup.loader().examples(0) if examples is None else examples)
     lr, visit = put((np.float32(config.optimizer.lr), np.int32(0)))

@@ -31,10 +31,10 @@ class Progress:
 
     @property
     def needed(self) -> set[tuple[str, int]]:
-        """The (item name, version) pairs that must stay: this state's, and for each depth those that the last phase
-        which ended at it names in `versions`, so that the rack can still be loaded as it was then."""
-        by_depth = {result.get("depth"): result["versions"] for result in self.results if "versions" in result}
-        return {pair for table in (self.versions, *by_depth.values()) for pair in table.items()}
+        """The (item name, version) pairs that must stay: this state's, and for each path those that the last phase
+        which took it names in `versions`, so that the rack can still be loaded as it was then."""
+        by_path = {tuple(result["path"]): result["versions"] for result in self.results if "versions" in result}
+        return {pair for table in (self.versions, *by_path.values()) for pair in table.items()}
 
 
 def write_progress(path: Path, progress: Progress) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
+from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-from stackwise_jax.config.keys import list_keys, split_optional
 from stackwise_jax.config.schema import (
+    AdaptersConfig,
     CacheConfig,
     CurriculumConfig,
     DataConfig,
@@ -17,8 +20,10 @@ from stackwise_jax.config.schema import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    PlanConfig,
     RunConfig,
     StackWiseConfig,
+    StageConfig,
     TokenizerConfig,
 )
 from stackwise_jax.errors import UsageError
@@ -26,6 +31,8 @@ from stackwise_jax.errors import UsageError
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)}
 _UNITS |= {f"{letter}IB": 1024**i for i, letter in enumerate("KMGT", 1)}
+# of a budget; B is a billion, as people write tokens
+_AMOUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15}
 # SentencePiece: 256 pieces for single bytes, five special ones and at least one of text
 _SMALLEST_SENTENCEPIECE = 256 + 5 + 1
 
@@ -36,19 +43,14 @@ def validate(config: StackWiseConfig) -> None:
     Raises:
         UsageError: one sentence with the key, its value and what to write instead.
     """
-    for key in list_keys():
-        value: Any = config
-        for name in key.name.split("."):
-            value = getattr(value, name)
-        if split_optional(key.hint)[0] is float:
-            _need(math.isfinite(value), key.name, value, "a finite number")
+    _check_finite(config, "")
     _check_run(config.run)
     _check_data(config.data)
     _check_tokenizer(config.tokenizer)
     _check_model(config.model)
     _check_objective(config.objective, "objective", config)
     _check_curriculum(config.curriculum, config)
-    _check_optimizer(config.optimizer)
+    _check_optimizer(config.optimizer, "optimizer", config)
     _check_cache(config.cache)
     _check_mesh(config.mesh)
     _check_batch(config)
@@ -66,6 +68,22 @@ def parse_bytes(text: str, key: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_budget(text: str) -> tuple[int, Literal["steps", "tokens", "flops"]]:
+    """(amount, unit) of curriculum.budget, such as "3000 steps", "5M tokens", "1.5B tokens" or "2e15 flops".
+
+    K, M, B or G, T and P stand for thousands up to 10^15.
+
+    Raises:
+        UsageError: the text is no budget, or one of less than 1.
+    """
+    number = r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)"
+    match = re.fullmatch(rf"\s*{number}\s*([kmbgtp]?)\s*(step|token|flop)s?\s*", text, re.IGNORECASE)
+    amount = int(Decimal(match[1]) * _AMOUNTS[match[2].upper()]) if match else 0
+    _need(amount >= 1, "curriculum.budget", text, 'an amount such as "3000 steps", "5M tokens" or "2e15 flops"')
+    unit = cast(re.Match, match)[3].lower() + "s"
+    return amount, cast(Literal["steps", "tokens", "flops"], unit)
+
+
 def _need(holds: bool, key: str, value: object, remedy: str) -> None:
     if not holds:
         raise UsageError(f"{key} is {json.dumps(value)}; write {remedy}")
@@ -77,6 +95,22 @@ def _at_least(section: object, prefix: str, smallest: int, *names: str) -> None:
         _need(value is None or value >= smallest, f"{prefix}.{name}", value, f"at least {smallest}")
 
 
+def _distinct_ids(ids: list[int], key: str) -> None:
+    _need(len(set(ids)) == len(ids) and min(ids, default=0) >= 0, key, ids, "stack ids from 0, each once")
+
+
+def _check_finite(value: Any, key: str) -> None:
+    """Refuse a number that is none, in sections and lists too."""
+    if dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            _check_finite(getattr(value, item.name), f"{key}.{item.name}" if key else item.name)
+    elif isinstance(value, list):
+        for i, entry in enumerate(value):
+            _check_finite(entry, f"{key}[{i}]")
+    elif isinstance(value, float):
+        _need(math.isfinite(value), key, value, "a finite number")
+
+
 def _check_run(run: RunConfig) -> None:
     _at_least(run, "run", 0, "seed", "save_every", "eval_every", "eval_batches", "sample_tokens")
     _at_least(run, "run", 1, "keep", "log_every", "max_bad_steps")
@@ -85,6 +119,13 @@ def _check_run(run: RunConfig) -> None:
     if run.name is not None:
         plain = run.name not in ("", ".", "..") and not re.search(r"[/\\]", run.name)
         _need(plain, "run.name", run.name, "a name without slashes; a path belongs in run.dir")
+    _need(run.init_from != "", "run.init_from", run.init_from, "the path of a run directory, or null")
+    _at_least(run, "run", 1, "init_depth")
+    _distinct_ids(run.init_stacks, "run.init_stacks")
+    for key in ("init_depth", "init_stacks"):
+        value = getattr(run, key)
+        remedy = "nothing there, or the run that they are of in run.init_from"
+        _need(not value or run.init_from is not None, f"run.{key}", value, remedy)
 
 
 def _check_data(data: DataConfig) -> None:
@@ -139,11 +180,18 @@ def _check_model(model: ModelConfig) -> None:
     _need(0 <= model.dropout < 1, "model.dropout", model.dropout, "a share from 0 to below 1")
     _need(model.norm_eps > 0, "model.norm_eps", model.norm_eps, "a number above 0")
     _need(model.init_std > 0, "model.init_std", model.init_std, "a number above 0")
+    _need(model.residual_gain > 0, "model.residual_gain", model.residual_gain, "a number above 0")
+    _at_least(model, "model", 0, "spectral_norm")
 
 
 def _check_objective(objective: ObjectiveConfig, prefix: str, config: StackWiseConfig) -> None:
     """Check one objective section; `prefix` is its name, since phases may have their own."""
-    mode = objective.attention_mode
+    mode, kind = objective.attention_mode, objective.kind
+    _need(objective.time == "none" or kind == "diffusion", f"{prefix}.time", objective.time, f"none under {kind}")
+    _check_levels(objective, prefix)
+    if objective.time == "input" and config.objective.time != "input":
+        remedy = "none, or objective.time input, which gives the rack its time embedding"
+        _need(False, f"{prefix}.time", objective.time, remedy)
     if objective.kind == "clm":
         # of the presets only gpt_style is causal of itself
         own = config.model.attention_mode or (config.model.attention_preset == "gpt_style" and "causal")
@@ -165,35 +213,87 @@ def _check_objective(objective: ObjectiveConfig, prefix: str, config: StackWiseC
         _need(kind not in ("host", "disk"), "cache.kind", kind, remedy)
 
 
+def _check_levels(objective: ObjectiveConfig, prefix: str) -> None:
+    """What objective.time depth and the plan independent ask for."""
+    _at_least(objective, prefix, 0, "interval_overlap")
+    levels, key = objective.levels, f"{prefix}.levels"
+    _need(not levels or objective.time == "depth", key, levels, f"nothing there, or {prefix}.time depth")
+    fit = all(0 < level <= 1 for level in levels) and all(a >= b for a, b in pairwise(levels))
+    _need(fit, key, levels, "shares above 0 and up to 1 that do not rise, from the input on")
+    if objective.time == "depth" and not levels:
+        low = objective.min_fraction
+        _need(0 < low <= 1, f"{prefix}.min_fraction", low, "a share above 0, the level of the last stack")
+
+
 def _check_curriculum(curriculum: CurriculumConfig, config: StackWiseConfig) -> None:
-    _at_least(curriculum, "curriculum", 1, "steps")
-    if curriculum.plan == "blockwise":
-        _at_least(curriculum, "curriculum", 1, "block_size")
-    if curriculum.plan != "custom":
-        return
-    for i, phase in enumerate(curriculum.phases):
-        prefix = f"curriculum.phases[{i}]"
-        _at_least(phase, prefix, 1, "steps")
-        if phase.lr is not None:
-            _need(0 < phase.lr < math.inf, f"{prefix}.lr", phase.lr, "a number above 0")
-        if phase.objective is not None:
-            _check_objective(phase.objective, f"{prefix}.objective", config)
+    _check_plan(curriculum, "curriculum", config)
+    if curriculum.budget is not None:
+        parse_budget(curriculum.budget)
+    for i, entry in enumerate(curriculum.plans):
+        prefix = f"curriculum.plans[{i}]"
+        _check_plan(entry, prefix, config)
+        _need(entry.share > 0, f"{prefix}.share", entry.share, "a number above 0")
 
 
-def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    _at_least(optimizer, "optimizer", 0, "weight_decay", "grad_clip")
-    _at_least(optimizer, "optimizer", 1, "microbatches")
-    _need(optimizer.lr > 0, "optimizer.lr", optimizer.lr, "a number above 0")
-    _need(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "a number above 0")
+def _check_plan(plan: PlanConfig, prefix: str, config: StackWiseConfig) -> None:
+    """Check one plan with its arguments; `prefix` is the name of its section."""
+    _at_least(plan, prefix, 1, "steps", "rounds")
+    _at_least(plan, prefix, 0, "overlap", "consistency")
+    _need(plan.steps_growth > 0, f"{prefix}.steps_growth", plan.steps_growth, "a number above 0")
+    sizes = plan.stacks_per_stage
+    fit = bool(sizes) and min(sizes) >= 1
+    _need(fit, f"{prefix}.stacks_per_stage", sizes, "a list of numbers from 1, such as [1] or [2, 1]")
+    _distinct_ids(plan.learn, f"{prefix}.learn")
+    if plan.plan == "blockwise":
+        _at_least(plan, prefix, 1, "block_size")
+    _check_adapters(plan.adapters, f"{prefix}.adapters")
+    key, entries = ("phases", plan.phases) if plan.plan == "custom" else ("stages", plan.stages)
+    for i, entry in enumerate(entries):
+        _check_stage(entry, f"{prefix}.{key}[{i}]", config)
+
+
+def _check_stage(stage: StageConfig, prefix: str, config: StackWiseConfig) -> None:
+    _at_least(stage, prefix, 1, "steps")
+    _need(stage.lr is None or stage.lr > 0, f"{prefix}.lr", stage.lr, "a number above 0")
+    _need(stage.level is None or 0 < stage.level <= 1, f"{prefix}.level", stage.level, "a share above 0 and up to 1")
+    if stage.objective is not None:
+        _check_objective(stage.objective, f"{prefix}.objective", config)
+    if stage.optimizer is not None:
+        _check_optimizer(stage.optimizer, f"{prefix}.optimizer", config)
+
+
+def _check_adapters(adapters: AdaptersConfig, prefix: str) -> None:
+    _at_least(adapters, prefix, 0, "rank", "trunk_rank")
+    for name in ("alpha", "trunk_alpha"):
+        _need(getattr(adapters, name) > 0, f"{prefix}.{name}", getattr(adapters, name), "a number above 0")
+    _need(0 <= adapters.dropout < 1, f"{prefix}.dropout", adapters.dropout, "a share from 0 to below 1")
+    targets = adapters.targets
+    fit = bool(targets) and len(set(targets)) == len(targets)
+    _need(fit, f"{prefix}.targets", targets, "at least one of q, k, v, o, gate, up, down, each once")
+    _need(adapters.lr is None or adapters.lr > 0, f"{prefix}.lr", adapters.lr, "a number above 0, or null")
+    _need(adapters.load_from != "", f"{prefix}.load_from", adapters.load_from, "the path of a run directory, or null")
+    for i, row in enumerate(adapters.table):
+        _at_least(row, f"{prefix}.table[{i}]", 0, "rank")
+        _need(row.alpha > 0, f"{prefix}.table[{i}].alpha", row.alpha, "a number above 0")
+
+
+def _check_optimizer(optimizer: OptimizerConfig, prefix: str, config: StackWiseConfig) -> None:
+    """Check one optimizer section; `prefix` is its name, since phases may have their own."""
+    _at_least(optimizer, prefix, 0, "weight_decay", "grad_clip")
+    _at_least(optimizer, prefix, 1, "microbatches")
+    _need(optimizer.lr > 0, f"{prefix}.lr", optimizer.lr, "a number above 0")
+    _need(optimizer.eps > 0, f"{prefix}.eps", optimizer.eps, "a number above 0")
     for name in ("warmup", "decay", "final_lr"):
         value = getattr(optimizer, name)
-        _need(0 <= value <= 1, f"optimizer.{name}", value, "a share from 0 to 1")
+        _need(0 <= value <= 1, f"{prefix}.{name}", value, "a share from 0 to 1")
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
-        _need(0 <= value < 1, f"optimizer.{name}", value, "a number from 0 to below 1")
+        _need(0 <= value < 1, f"{prefix}.{name}", value, "a number from 0 to below 1")
     if optimizer.schedule == "wsd":
-        remedy = f"at most 1 minus optimizer.warmup ({optimizer.warmup}), since both are shares of one phase"
-        _need(optimizer.warmup + optimizer.decay <= 1, "optimizer.decay", optimizer.decay, remedy)
+        remedy = f"at most 1 minus {prefix}.warmup ({optimizer.warmup}), since both are shares of one phase"
+        _need(optimizer.warmup + optimizer.decay <= 1, f"{prefix}.decay", optimizer.decay, remedy)
+    size, parts = config.data.batch_size, optimizer.microbatches
+    _need(size % parts == 0, "data.batch_size", size, f"a multiple of {prefix}.microbatches ({parts})")
 
 
 def _check_cache(cache: CacheConfig) -> None:
@@ -215,8 +315,7 @@ def _check_mesh(mesh: MeshConfig) -> None:
 
 
 def _check_batch(config: StackWiseConfig) -> None:
-    """The batch is cut by optimizer.microbatches and spread over the devices of the mesh."""
-    size, parts = config.data.batch_size, config.optimizer.microbatches
-    _need(size % parts == 0, "data.batch_size", size, f"a multiple of optimizer.microbatches ({parts})")
+    """The batch is spread over the devices of the mesh."""
+    size = config.data.batch_size
     devices = max(config.mesh.data, 1) * config.mesh.fsdp
     _need(size % devices == 0, "data.batch_size", size, f"a multiple of mesh.data * mesh.fsdp ({devices} devices)")

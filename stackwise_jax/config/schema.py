@@ -116,9 +116,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     residual_gain: float = 1.0  # both branches of a block are multiplied by it before they are added; 1: off
     spectral_norm: float = 0.0  # the largest singular value that a matrix of a block acts with; 0: off
-    time_embedding: Literal["sinusoidal", "learned"] = (
-        "sinusoidal"  # objective.time input: how the share enters
-    )
+    time_embedding: Literal["sinusoidal", "learned"] = "sinusoidal"  # objective.time input: how the share enters
     init_std: float = 0.02  # of the initial head; of the embedding times sqrt(d_model), or the same where tied
     param_dtype: Literal["fp32", "bf16"] = "fp32"  # of what learns
     compute_dtype: Dtype = "fp32"  # of activations and matrix products; norms and softmax are fp32
@@ -165,8 +163,8 @@ class OptimizerConfig:
 class AdapterRow:
     """One stack in the table of adapters.strategy variable."""
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int = 8  # of its stack adapter; 0: none
+    alpha: float = 16.0  # alpha / rank is the scale
 
 
 @dataclass(frozen=True)
@@ -174,11 +172,13 @@ class AdaptersConfig:
     """LoRA adapters (Hu et al. 2021): y = x W + alpha / rank * x A B."""
 
     rank: int = 8  # of the adapter that a stack gets when it is frozen; 0: none
-    alpha: float = 16.0
+    alpha: float = 16.0  # alpha / rank is the scale
     trunk_rank: int = 4  # of the adapter that all earlier stacks get when a new one arrives; 0: none
-    trunk_alpha: float = 8.0
+    trunk_alpha: float = 8.0  # the same for trunk_rank
     dropout: float = 0.0  # share of the adapter's input that is dropped in training
-    targets: list[AdapterTarget] = field(default_factory=lambda: ["q", "k", "v", "o", "gate", "up", "down"])
+    targets: list[AdapterTarget] = field(  # the matrices of a block that have adapters
+        default_factory=lambda: ["q", "k", "v", "o", "gate", "up", "down"]
+    )
     strategy: AdapterStrategy = "simplified"  # one rank; ranks by depth (rank_pattern, alpha_pattern); or the table
     rank_pattern: AdapterPattern = "constant"  # progressive: from rank at the input: doubling, halving, by rank more
     alpha_pattern: AdapterPattern = "constant"  # progressive: the same for alpha
@@ -227,8 +227,8 @@ class PlanConfig:
     frozen: Dtype = "fp32"  # how weights that do not learn are stored
     frozen_stacks: list[Dtype] = field(default_factory=list)  # the same for each stack from the input; empty: frozen
     stacks_per_stage: list[int] = field(default_factory=lambda: [1])  # new or learning stacks; the last entry repeats
-    init: StackInit = "random"  # of new stacks; copy: of the nearest there is; zero: random, but identity at birth
-    overlap: int = 0  # append, prepend, keep_last: earlier stacks next to the new ones that go on learning
+    init: StackInit = "random"  # of stacks that join others; copy: of the nearest; zero: random, but identity at birth
+    overlap: int = 0  # stackwise and its kin, append, prepend, keep_last: earlier stacks that learn on beside new ones
     train_embed: WhenLearns = "auto"  # in which phases the embedding learns; auto: what suits the plan
     train_head: WhenLearns = "auto"  # the same for final norm and head
     decay: Literal["every", "last"] = "every"  # the learning rate decays in every phase, or only in the last

@@ -1,5 +1,7 @@
 """Curricula: what a phase is, and the plans that make lists of phases. Pure data, no JAX."""
 
+from stackwise_jax.curriculum.levels import noise_cut, stack_levels
+from stackwise_jax.curriculum.make import make_plan
 from stackwise_jax.curriculum.phase import (
     AdapterSpec,
     AttentionMode,
@@ -9,15 +11,9 @@ from stackwise_jax.curriculum.phase import (
     Phase,
     StackAdapter,
 )
-from stackwise_jax.curriculum.plans import (
-    PLANS,
-    Plan,
-    RackShape,
-    config_shape,
-    format_phase_table,
-    make_plan,
-    phase_table,
-)
+from stackwise_jax.curriculum.plans import PLANS, config_shape
+from stackwise_jax.curriculum.shape import Plan, RackShape
+from stackwise_jax.curriculum.table import format_phase_table, phase_table
 
 __all__ = [
     "PLANS",
@@ -33,5 +29,7 @@ __all__ = [
     "config_shape",
     "format_phase_table",
     "make_plan",
+    "noise_cut",
     "phase_table",
+    "stack_levels",
 ]

@@ -130,9 +130,7 @@ class Phase:
         if stray := sorted(self.train - set(self.path)):
             refuse(f"stacks {stray} learn but are not on the path {list(self.path)}; add them to path or drop them")
         if stray := sorted(self.adapt - set(self.path)):
-            refuse(
-                f"stacks {stray} are adapted but not on the path {list(self.path)}; add them to path or drop them"
-            )
+            refuse(f"stacks {stray} are adapted but not on the path {list(self.path)}; add them to path or drop them")
         if both := sorted(self.adapt & self.train):
             refuse(f"stacks {both} stand in train and in adapt; name each in one of them")
         names = [(adapter.stack, adapter.name) for adapter in self.adapters]
@@ -143,9 +141,7 @@ class Phase:
         if not (self.train or self.adapt or self.train_embed or self.train_head):
             refuse("nothing learns; name stacks in train or adapt, or set train_embed or train_head")
         if self.frozen_stacks and len(self.frozen_stacks) != len(self.path):
-            refuse(
-                f"frozen_stacks has {len(self.frozen_stacks)} entries for {len(self.path)} stacks; write one each"
-            )
+            refuse(f"frozen_stacks has {len(self.frozen_stacks)} entries for {len(self.path)} stacks; write one each")
         if self.steps < 1:
             refuse(f"steps is {self.steps}; write at least 1")
         if self.objective.kind == "clm" and self.attention_mode == "bidirectional":

@@ -1,66 +1,52 @@
 """Plans: pure functions from a rack's shape and a configuration to a list of phases.
 
-A new training mode is a new function here and a line in PLANS; the engine runs any list and knows no plan by name.
+A new training mode is a new function here and a line in PLANS; the engine runs any list and knows no plan by name. A
+plan says which stacks each phase passes and which learn. What is the same for every plan (adapters, stages with
+settings of their own, budgets, optimizer state) is added by make_plan.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
-from stackwise_jax.config.schema import ObjectiveConfig, PhaseConfig, StackWiseConfig
-from stackwise_jax.curriculum.phase import AttentionMode, Noise, Objective, Phase
+from stackwise_jax.config.schema import PhaseConfig, StackWiseConfig
+from stackwise_jax.curriculum.adapter_ranks import adapters_of
+from stackwise_jax.curriculum.phase import Phase
+from stackwise_jax.curriculum.settings import stage_settings, task_settings
+from stackwise_jax.curriculum.shape import Plan, RackShape, ids_text
 from stackwise_jax.errors import UsageError
-
-
-@dataclass(frozen=True)
-class RackShape:
-    """What a plan has to know of a rack."""
-
-    block_counts: tuple[int, ...]  # blocks of each stack, input to head
-    frozen: frozenset[int] = field(default_factory=frozenset)  # stack ids that never learn
-    tied: bool = False  # the head's kernel is the embedding
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the engine runs: first the rack is regrouped to `stack_sizes`, then one phase follows the other."""
-
-    stack_sizes: tuple[int, ...]  # blocks per stack after regrouping
-    phases: tuple[Phase, ...]
-    start: frozenset[int]  # stack ids that exist before the first phase
 
 
 def rackwise(shape: RackShape, config: StackWiseConfig) -> Plan:
     """End to end: one phase in which everything that is not frozen learns."""
     stacks = tuple(range(len(shape.block_counts)))
     phase = _phase(
-        config, name="rack", path=stacks, train=frozenset(stacks) - shape.frozen, train_embed=True, train_head=True
+        config, name="rack", path=stacks, train=frozenset(shape.learnable), train_embed=True, train_head=True
     )
     return Plan(shape.block_counts, (phase,), frozenset(stacks))
 
 
 def stackwise(shape: RackShape, config: StackWiseConfig) -> Plan:
-    """One phase per stack that is not frozen: the tokens travel up to it, and it learns with the head.
+    """From the input to the head, stage by stage over the stacks that are not frozen, with the head.
 
-    The embedding learns in the first phase only, whichever stack that is.
+    A stage is curriculum.stacks_per_stage stacks; the tokens travel up to it. The curriculum.overlap stacks before it
+    learn on beside it. The embedding learns as long as the first of the stacks does.
     """
-    learning = [stack for stack in range(len(shape.block_counts)) if stack not in shape.frozen]
-    if not learning:
-        raise UsageError("every stack has freeze_blocks, so no stack is left to train; use curriculum.plan rackwise")
+    first = _learnable(shape)[0]
     phases = tuple(
         _phase(
             config,
-            name=f"stack {stack}",
-            path=tuple(range(stack + 1)),
-            train=frozenset({stack}),
-            train_embed=stack == learning[0],
+            name=_name(new),
+            path=tuple(range(max(new) + 1)),
+            train=frozenset(train),
+            train_embed=first in train,
             train_head=True,
         )
-        for stack in learning
+        for new, train in _stages(shape.learnable, config)
     )
     return Plan(shape.block_counts, phases, frozenset(range(len(shape.block_counts))))
 
@@ -80,29 +66,190 @@ def append(shape: RackShape, config: StackWiseConfig) -> Plan:
     return dataclasses.replace(stackwise(shape, config), start=frozenset())
 
 
-def custom(shape: RackShape, config: StackWiseConfig) -> Plan:
-    """The phases that curriculum.phases spells out, in its order."""
-    if not config.curriculum.phases:
-        raise UsageError("curriculum.plan is custom and curriculum.phases is empty; write its phases or another plan")
+def prepend(shape: RackShape, config: StackWiseConfig) -> Plan:
+    """From the head to the input: each stage puts new stacks in front of those that are there.
+
+    The path runs from the newest stack to the last, so there is no prefix to cache; the gradient passes the frozen
+    stacks behind. Embedding and head learn in every phase. A single stage over all stacks is rackwise.
+    """
+    n_stacks = len(shape.block_counts)
+    left = min(_learnable(shape))
+    phases = tuple(
+        _phase(
+            config,
+            name=_name(sorted(new)),
+            # frozen stacks at the input join with the last stage, so that the whole rack ends up in use
+            path=tuple(range(0 if left in new else min(new), n_stacks)),
+            train=frozenset(train),
+            train_embed=True,
+            train_head=True,
+        )
+        for new, train in _stages(shape.learnable[::-1], config)
+    )
+    return Plan(shape.block_counts, phases, frozenset())
+
+
+def grow(shape: RackShape, config: StackWiseConfig) -> Plan:
+    """From the input to the head from an empty rack, and everything that is there learns in every phase."""
+    phases = tuple(
+        _phase(
+            config,
+            name=_name(new),
+            path=tuple(range(max(new) + 1)),
+            train=frozenset(stack for stack in _learnable(shape) if stack <= max(new)),
+            train_embed=True,
+            train_head=True,
+        )
+        for new, _ in _stages(_learnable(shape), config)
+    )
+    return Plan(shape.block_counts, phases, frozenset())
+
+
+def keep_last(shape: RackShape, config: StackWiseConfig) -> Plan:
+    """As append, but the last stack of the rack stays on top of every stage.
+
+    The first phase trains the first stage and the last stack, with the embedding. New stacks are put between; the last
+    one goes on learning if curriculum.last_learns. A rack with no other stack to train is trained end to end.
+    """
+    last = len(shape.block_counts) - 1
+    below = [stack for stack in _learnable(shape) if stack != last]
+    if not below:
+        return dataclasses.replace(rackwise(shape, config), start=frozenset())
     phases = []
-    for i, entry in enumerate(config.curriculum.phases):
+    for new, train in _stages(below, config):
+        top = {last} - shape.frozen if config.curriculum.last_learns or not phases else set()
+        phases.append(
+            _phase(
+                config,
+                name=_name((*new, last) if not phases else new),
+                path=(*range(max(new) + 1), last),
+                train=frozenset(train) | top,
+                train_embed=below[0] in train,
+                train_head=True,
+            )
+        )
+    return Plan(shape.block_counts, tuple(phases), frozenset())
+
+
+def cycle(shape: RackShape, config: StackWiseConfig) -> Plan:
+    """Block coordinate descent: the full path, and the stacks learn in turns, curriculum.rounds times over.
+
+    A turn is curriculum.stacks_per_stage neighbouring stacks, with the head; the embedding learns with the first stack.
+    """
+    stacks, rounds = tuple(range(len(shape.block_counts))), config.curriculum.rounds
+    first = _learnable(shape)[0]
+    phases = tuple(
+        _phase(
+            config,
+            name=f"round {turn} {_name(new)}" if rounds > 1 else _name(new),
+            path=stacks,
+            train=frozenset(new),
+            train_embed=first in new,
+            train_head=True,
+        )
+        for turn in range(rounds)
+        for new, _ in _stages(shape.learnable, config)
+    )
+    return Plan(shape.block_counts, phases, frozenset(stacks))
+
+
+def independent(shape: RackShape, config: StackWiseConfig) -> Plan:
+    """Each stack alone between embedding and head, on tokens hidden within its own cut of the noise.
+
+    As in DiffusionBlocks (Shing et al. 2025). The cuts are those of levels.noise_cut, leftmost highest. Embedding and
+    head are shared, and learn in every phase.
+    """
+    phases = tuple(
+        _phase(
+            config,
+            name=_name([stack]),
+            path=(stack,),
+            train=frozenset({stack}),
+            train_embed=True,
+            train_head=True,
+        )
+        for stack in _learnable(shape)
+    )
+    return Plan(shape.block_counts, phases, frozenset(range(len(shape.block_counts))))
+
+
+def fusion(shape: RackShape, config: StackWiseConfig) -> Plan:
+    """One phase over all stacks in which those of curriculum.learn (empty: the last) learn, with the head.
+
+    The others are the backbone, frozen or adapted. The embedding learns with the first stack.
+    """
+    stacks = tuple(range(len(shape.block_counts)))
+    learn = config.curriculum.learn or _learnable(shape)[-1:]
+    if strange := sorted(set(learn) - set(shape.learnable)):
+        raise UsageError(
+            f"curriculum.learn names the stacks {strange}, which do not exist or have freeze_blocks; write some of "
+            f"{ids_text(shape.learnable)}"
+        )
+    phase = _phase(
+        config,
+        name="fusion",
+        path=stacks,
+        train=frozenset(learn),
+        train_embed=_learnable(shape)[0] in learn,
+        train_head=True,
+    )
+    return Plan(shape.block_counts, (phase,), frozenset(stacks))
+
+
+def joint(shape: RackShape, config: StackWiseConfig) -> Plan:
+    """One phase over all stacks in which everything learns; with curriculum.trunk adapt the adapters and the head."""
+    adapt = config.curriculum.trunk == "adapt"
+    (phase,) = rackwise(shape, config).phases
+    train = frozenset() if adapt else phase.train
+    phase = dataclasses.replace(phase, name="joint", train=train, train_embed=not adapt)
+    return Plan(shape.block_counts, (phase,), frozenset(phase.path))
+
+
+def custom(shape: RackShape, config: StackWiseConfig) -> Plan:
+    """The phases that curriculum.phases spells out, in its order.
+
+    All stacks exist from the start, unless a phase or the curriculum says how new ones begin (init): then the rack
+    starts empty, and each stack is grown by the first phase that passes it.
+    """
+    entries, phases = config.curriculum.phases, []
+    if not entries:
+        raise UsageError("curriculum.plan is custom and curriculum.phases is empty; write its phases or another plan")
+    for i, entry in enumerate(entries):
         try:
             phases.append(_custom_phase(i, entry, shape, config))
         except UsageError as error:
             raise UsageError(f"curriculum.phases[{i}]: {error}") from None
-        name = phases[-1].name
-        if name in [phase.name for phase in phases[:-1]]:
-            raise UsageError(f"curriculum.phases[{i}].name is '{name}' as in an earlier phase; write another name")
-    return Plan(shape.block_counts, tuple(phases), frozenset(range(len(shape.block_counts))))
+    grows = config.curriculum.init != "random" or any(entry.init for entry in entries)
+    return Plan(shape.block_counts, tuple(phases), frozenset(() if grows else range(len(shape.block_counts))))
 
 
-PLANS: dict[str, Callable[[RackShape, StackWiseConfig], Plan]] = {
-    "rackwise": rackwise,
-    "stackwise": stackwise,
-    "layerwise": layerwise,
-    "blockwise": blockwise,
-    "append": append,
-    "custom": custom,
+@dataclass(frozen=True)
+class Kind:
+    """A plan function, and what of the configuration counts for it."""
+
+    make: Callable[[RackShape, StackWiseConfig], Plan]
+    keys: frozenset[str] = frozenset()  # of PlanConfig, beside those of every plan
+    # whole: all of it; stage: under objective.time depth the level of the new stacks; cut: the cut of the path's stack
+    noise: Literal["whole", "stage", "cut"] = "whole"
+
+
+_ONE = frozenset({"stages", "train_embed", "train_head", "optimizer_state"})
+_MANY = _ONE | {"steps_growth", "decay"}
+_STAGED = _MANY | {"stacks_per_stage", "overlap", "trunk", "adapters"}
+PLANS: dict[str, Kind] = {
+    "rackwise": Kind(rackwise, _ONE),
+    "stackwise": Kind(stackwise, _STAGED, "stage"),
+    "layerwise": Kind(layerwise, _STAGED, "stage"),
+    "blockwise": Kind(blockwise, _STAGED | {"block_size"}, "stage"),
+    "append": Kind(append, _STAGED | {"init"}, "stage"),
+    "prepend": Kind(prepend, _STAGED | {"init", "consistency"}, "stage"),
+    "grow": Kind(grow, _MANY | {"stacks_per_stage", "init"}),
+    "keep_last": Kind(keep_last, _STAGED | {"init", "last_learns"}, "stage"),
+    "cycle": Kind(cycle, _MANY | {"stacks_per_stage", "rounds"}),
+    "independent": Kind(independent, _MANY, "cut"),
+    "fusion": Kind(fusion, _ONE | {"learn", "trunk", "adapters"}),
+    "joint": Kind(joint, _ONE | {"trunk", "adapters"}),
+    "custom": Kind(custom, frozenset({"phases", "init", "adapters", "decay"})),
 }
 
 
@@ -112,137 +259,70 @@ def config_shape(config: StackWiseConfig) -> RackShape:
     return RackShape((depth.blocks_per_stack,) * depth.n_stacks, tied=config.model.tie_embeddings)
 
 
-def make_plan(config: StackWiseConfig, shape: RackShape | None = None) -> Plan:
-    """The plan that curriculum.plan names, for a rack of this shape (None: the one that the section model describes).
-
-    Raises:
-        UsageError: a phase cannot be run on this rack; the sentence says which and what to write instead.
-    """
-    shape = shape or config_shape(config)
-    plan = PLANS[config.curriculum.plan](shape, config)
-    for i, phase in enumerate(plan.phases):
-        where = f"curriculum.phases[{i}]" if config.curriculum.plan == "custom" else f"phase '{phase.name}'"
-        # A tied head is the embedding: training it would change the input of a prefix that is taken as fixed.
-        if shape.tied and phase.train_head and not phase.train_embed:
-            raise UsageError(
-                f"{where}: the head learns and the embedding, which is tied to it, does not; write "
-                "model.tie_embeddings false, curriculum.plan rackwise, or a phase that sets train_embed too"
-            )
-    return plan
-
-
-def phase_table(plan: Plan) -> list[dict[str, Any]]:
-    """One JSON-able dict per phase: what is written to phases.json."""
-    rows, existing = [], set(plan.start)
-    for i, phase in enumerate(plan.phases):
-        row = {
-            "phase": i,
-            "name": phase.name,
-            "path": list(phase.path),
-            "blocks": [plan.stack_sizes[stack] for stack in phase.path],
-            "grow": sorted(set(phase.path) - existing),
-            "prefix": list(phase.prefix),
-            "window": list(phase.window),
-            "train": sorted(phase.train),
-            "train_embed": phase.train_embed,
-            "train_head": phase.train_head,
-            "objective": phase.objective.kind,
-            "noise": dataclasses.asdict(phase.noise),
-            "attention_mode": phase.attention_mode,
-            "corruption": phase.corruption,
-            "frozen": phase.frozen,
-            "steps": phase.steps,
-            "seed": phase.seed,
-            "optimizer": dataclasses.asdict(phase.optimizer),
-        }
-        existing |= set(phase.path)
-        rows.append(row)
-    return rows
-
-
-def format_phase_table(plan: Plan) -> str:
-    """The phase table as plain text: a line on the rack, a line of column names, a line per phase."""
-    lines = [["phase", "name", "path", "prefix", "grow", "learns", "objective", "attention", "frozen", "steps", "lr"]]
-    for row in phase_table(plan):
-        learns = [name for name in ("embed", "head") if row[f"train_{name}"]]
-        if row["train"]:
-            learns.insert(int(row["train_embed"]), _ids(row["train"]))
-        cells = (
-            row["phase"],
-            row["name"],
-            _ids(row["path"]),
-            _ids(row["prefix"]),
-            _ids(row["grow"]),
-            " ".join(learns),
-            _task(plan.phases[row["phase"]]),
-            row["attention_mode"] or "model",
-            row["frozen"],
-            row["steps"],
-            f"{row['optimizer']['lr']:g}",
-        )
-        lines.append([str(cell) for cell in cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    sizes = plan.stack_sizes
-    rack = f"{len(sizes)} stacks, {sum(sizes)} blocks ({' + '.join(map(str, sizes))})"
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([rack, *table])
-
-
-def _phase(config: StackWiseConfig, *, objective: ObjectiveConfig | None = None, **given: Any) -> Phase:
+def _phase(config: StackWiseConfig, **given: Any) -> Phase:
     """A phase with everything that is not given taken from the configuration."""
-    objective = objective or config.objective
     settings = {
-        "objective": Objective(kind=objective.kind),
-        "noise": _noise(objective),
-        "attention_mode": _attention_mode(objective),
-        "corruption": "auto" if objective.kind == "clm" else objective.corruption,
         "frozen": config.curriculum.frozen,
+        "init": config.curriculum.init,
         "steps": config.curriculum.steps,
         "optimizer": config.optimizer,
         "seed": config.run.seed,
     }
-    return Phase(**(settings | given))
-
-
-def _noise(objective: ObjectiveConfig) -> Noise:
-    if objective.kind == "clm":
-        return Noise()
-    if objective.kind == "mlm":
-        return Noise(kind="fixed", low=objective.mask_fraction, high=objective.mask_fraction)
-    if objective.noise == "elbo":
-        return Noise(kind="elbo", low=0.0, high=1.0, schedule=objective.schedule)
-    return Noise(kind="range", low=objective.min_fraction, high=objective.max_fraction, schedule=objective.schedule)
-
-
-def _attention_mode(objective: ObjectiveConfig) -> AttentionMode | None:
-    if objective.attention_mode == "model":
-        return None
-    if objective.attention_mode == "auto":
-        return "causal" if objective.kind == "clm" else "bidirectional"
-    return objective.attention_mode
+    return Phase(**(task_settings(config.objective) | settings | given))
 
 
 def _custom_phase(i: int, entry: PhaseConfig, shape: RackShape, config: StackWiseConfig) -> Phase:
     n_stacks = len(shape.block_counts)
     stacks = tuple(range(n_stacks))
-    path, train = tuple(entry.path) or stacks, frozenset(entry.train)
-    if unknown := sorted((set(path) | train) - set(stacks)):
-        raise UsageError(f"stacks {unknown} do not exist; the rack has the stacks {_ids(stacks)}")
-    if frozen := sorted(train & shape.frozen):
-        raise UsageError(f"stacks {frozen} have freeze_blocks and cannot learn; leave them out of train")
-    changes = {"steps": entry.steps, "frozen": entry.frozen}
-    if entry.lr is not None:
-        changes["optimizer"] = dataclasses.replace(config.optimizer, lr=entry.lr)
-    return _phase(
-        config,
-        objective=entry.objective,
-        name=entry.name or f"phase {i}",
-        path=path,
-        train=train,
-        train_embed=entry.train_embed,
-        train_head=entry.train_head,
-        **{key: value for key, value in changes.items() if value is not None},
-    )
+    path, train, adapt = tuple(entry.path) or stacks, frozenset(entry.train), frozenset(entry.adapt)
+    if unknown := sorted((set(path) | train | adapt) - set(stacks)):
+        raise UsageError(f"stacks {unknown} do not exist; the rack has the stacks {ids_text(stacks)}")
+    for key, named in (("train", train), ("adapt", adapt)):
+        if frozen := sorted(named & shape.frozen):
+            raise UsageError(f"stacks {frozen} have freeze_blocks and cannot learn; leave them out of {key}")
+    earlier = {stack for other in config.curriculum.phases[:i] for stack in (other.path or stacks)}
+    arrival = bool(earlier) and not earlier >= set(path)
+    adapters = adapters_of(config.curriculum.adapters, adapt, n_stacks, arrival)
+    given: dict[str, Any] = {
+        "name": f"phase {i}",
+        "path": path,
+        "train": train,
+        "adapt": adapt,
+        "train_embed": entry.train_embed,
+        "train_head": entry.train_head,
+        "adapters": tuple(adapter for adapter in adapters if adapter.stack in path),
+        **({"init": entry.init} if entry.init else {}),
+        "keep_optimizer": entry.keep_optimizer,
+        "merge_adapters": entry.merge_adapters,
+    }
+    is_last = i == len(config.curriculum.phases) - 1
+    return _phase(config, **(given | stage_settings(config, entry, path, n_stacks, is_last=is_last)))
+
+
+def _learnable(shape: RackShape) -> tuple[int, ...]:
+    if not shape.learnable:
+        raise UsageError("every stack has freeze_blocks, so no stack is left to train; use curriculum.plan rackwise")
+    return shape.learnable
+
+
+def _stages(order: Sequence[int], config: StackWiseConfig) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Stacks in the order of their stages, as (new stacks, learning stacks); both in that order."""
+    sizes, stages, done = config.curriculum.stacks_per_stage, [], 0
+    while done < len(order):
+        size = sizes[min(len(stages), len(sizes) - 1)]
+        new = tuple(order[done : done + size])
+        stages.append((new, tuple(order[max(done - config.curriculum.overlap, 0) : done]) + new))
+        done += size
+    if len(sizes) > max(len(stages), 1):
+        raise UsageError(
+            f"curriculum.stacks_per_stage has {len(sizes)} entries, and the first {len(stages)} already hold all "
+            f"{len(order)} stacks; leave out the rest"
+        )
+    return stages
+
+
+def _name(stacks: Sequence[int]) -> str:
+    return f"stack{'s' if len(stacks) > 1 else ''} {ids_text(stacks)}"
 
 
 def _regrouped(shape: RackShape, size: int) -> RackShape:
@@ -259,27 +339,4 @@ def _regrouped(shape: RackShape, size: int) -> RackShape:
         if is_frozen:
             frozen |= set(range(len(counts), len(counts) + n_blocks // size))
         counts += [size] * (n_blocks // size)
-    return RackShape(tuple(counts), frozenset(frozen), shape.tied)
-
-
-def _task(phase: Phase) -> str:
-    """The objective with its noise and corruption, in few words."""
-    noise = phase.noise
-    words = [phase.objective.kind]
-    match noise.kind:
-        case "fixed":
-            words += [f"{noise.low:g}"]
-        case "range":
-            words += [f"{noise.low:g}-{noise.high:g}", noise.schedule]
-        case "elbo":
-            words += ["elbo", noise.schedule]
-    if phase.corruption != "auto":
-        words += [phase.corruption]
-    return " ".join(words)
-
-
-def _ids(stacks: Sequence[int]) -> str:
-    """Stack ids for people: 0-3 for neighbours, else 0,2,5; - for none."""
-    if len(stacks) > 1 and list(stacks) == list(range(stacks[0], stacks[-1] + 1)):
-        return f"{stacks[0]}-{stacks[-1]}"
-    return ",".join(map(str, stacks)) or "-"
+    return dataclasses.replace(shape, block_counts=tuple(counts), frozen=frozenset(frozen))

@@ -2,7 +2,7 @@
 
 from stackwise_jax.engine.events import NullReporter, Reporter, StopFlag
 from stackwise_jax.engine.heldout import held_out, held_out_batches
-from stackwise_jax.engine.load import LoadedRun, load_rack
+from stackwise_jax.engine.load import LoadedRun, load_experts, load_rack
 from stackwise_jax.engine.run import Interrupted, Run
 from stackwise_jax.engine.setup import Setup, prepare, vocab_of
 from stackwise_jax.engine.step import TaskSpec
@@ -18,6 +18,7 @@ __all__ = [
     "TaskSpec",
     "held_out",
     "held_out_batches",
+    "load_experts",
     "load_rack",
     "prepare",
     "vocab_of",

@@ -1,23 +1,37 @@
-"""What a phase costs, before or after it: parameters, FLOPs by formula, bytes."""
+"""What a phase costs, before or after it: parameters and FLOPs by formula."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+
+from stackwise_jax.adapters import adapter_count
 from stackwise_jax.config.schema import DataConfig
 from stackwise_jax.curriculum import Phase
-from stackwise_jax.memory import BlockDims, StackDims, phase_flops
-from stackwise_jax.model import Rack, init_embed, init_head
+from stackwise_jax.memory import BlockDims, StackDims, StepDims, phase_flops, step_flops
+from stackwise_jax.model import Block, Rack, Stack, init_embed, init_head, regroup
 from stackwise_jax.model.spec import count
 from stackwise_jax.objectives import max_targets
 
+# What the cost of a step depends on, of a phase.
+_COSTS = attrgetter("path", "train", "adapt", "train_embed", "train_head", "adapters", "objective", "noise")
+
 
 def trainable_and_frozen(rack: Rack, phase: Phase) -> tuple[int, int]:
-    """Numbers on the phase's path that learn, and that do not. Nothing is allocated."""
-    embed, head = count(lambda key: init_embed(rack, key)), count(lambda key: init_head(rack, key))
+    """Numbers on the phase's path that learn, and that do not; of adapters the entries of a and b.
+
+    Nothing is allocated.
+    """
+    embed, head = _ends(rack)
     total, learning = embed + head, embed * phase.train_embed + head * phase.train_head
     for index in phase.path:
-        stack = rack.stacks[index]
-        total += stack.parameter_count()
-        learning += stack.parameter_count(trainable_only=True) if index in phase.train else 0
+        stack, adapters = rack.stacks[index], _adapter_entries(rack.stacks[index].blocks, phase, index)
+        total += stack.parameter_count() + adapters
+        if index in phase.train:
+            learning += stack.parameter_count(trainable_only=True)
+        elif index in phase.adapt:
+            learning += adapters
     return learning, total - learning
 
 
@@ -25,16 +39,32 @@ def phase_flops_of(
     rack: Rack, phase: Phase, data: DataConfig, *, cached_batches: int | None, advanced_stacks: int | None = None
 ) -> int:
     """FLOPs of a phase by formula; see memory.phase_flops."""
-    path = [
-        StackDims(
-            tuple(BlockDims(b.d_model, b.d_ff, b.n_heads, b.kv_heads, b.freeze_up_proj) for b in rack.stacks[i].blocks),
-            learns=i in phase.train,
-        )
-        for i in phase.path
-    ]
-    return phase_flops(
-        path,
-        steps=phase.steps,
+    step = step_dims(rack, phase, data)
+    return phase_flops(step, phase.steps, cached_batches=cached_batches, advanced_stacks=advanced_stacks)["total"]
+
+
+def step_flops_of(rack: Rack, data: DataConfig) -> Callable[[tuple[int, ...], Phase], int]:
+    """A function from (blocks per stack, phase) to the FLOPs of one step of the phase on the rack regrouped to that.
+
+    The step computes its prefix itself. Answers are remembered: a plan that fits a budget asks thousands of times for
+    phases that differ in their length only.
+    """
+    regrouped = functools.cache(functools.partial(regroup, rack))
+    known: dict[tuple, int] = {}
+
+    def flops(sizes: tuple[int, ...], phase: Phase) -> int:
+        key = (sizes, *_COSTS(phase))
+        if key not in known:
+            known[key] = step_flops(step_dims(regrouped(sizes), phase, data))["total"]
+        return known[key]
+
+    return flops
+
+
+def step_dims(rack: Rack, phase: Phase, data: DataConfig) -> StepDims:
+    """What a step of the phase costs depends on this."""
+    return StepDims(
+        tuple(_stack_dims(rack.stacks[i], phase, i) for i in phase.path),
         batch_size=data.batch_size,
         seq_len=data.seq_len,
         d_model=rack.d_model,
@@ -44,6 +74,23 @@ def phase_flops_of(
         train_head=phase.train_head,
         tie_embeddings=rack.tie_embeddings,
         remat=rack.stacks[0].remat,
-        cached_batches=cached_batches,
-        advanced_stacks=advanced_stacks,
-    )["total"]
+    )
+
+
+def _stack_dims(stack: Stack, phase: Phase, index: int) -> StackDims:
+    blocks = []
+    for b in stack.blocks:
+        entries = _adapter_entries([b], phase, index)
+        blocks.append(BlockDims(b.d_model, b.d_ff, b.n_heads, b.kv_heads, b.freeze_up_proj, entries))
+    return StackDims(tuple(blocks), learns=index in phase.train, adapters_learn=index in phase.adapt)
+
+
+def _adapter_entries(blocks: Sequence[Block], phase: Phase, index: int) -> int:
+    """Numbers of all adapters on these blocks of stack `index`."""
+    return sum(adapter_count(blocks, adapter.spec) for adapter in phase.adapters if adapter.stack == index)
+
+
+@functools.cache
+def _ends(rack: Rack) -> tuple[int, int]:
+    """Numbers of the embedding and of final norm and head."""
+    return count(lambda key: init_embed(rack, key)), count(lambda key: init_head(rack, key))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stackwise_jax.checkpoint import Progress, writing
 from stackwise_jax.config import StackWiseConfig, differing_keys, load_config, resolved_yaml
 from stackwise_jax.curriculum import phase_table
-from stackwise_jax.engine.setup import Setup
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import Rack, rack_from_dict, rack_to_dict
+
+if TYPE_CHECKING:
+    from stackwise_jax.engine.setup import Setup
 
 RACK = "rack.json"
 CONFIG, PHASES, METRICS, SUMMARY = "config.yaml", "phases.json", "metrics.jsonl", "summary.json"

@@ -17,7 +17,8 @@ from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
 from stackwise_jax.engine.resident import split_phase, step_spec
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.step import StepData, StepSpec, TrainState
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, learning_items, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, item_format, stack_item
+from stackwise_jax.engine.window import Window
 from stackwise_jax.memory import Placement
 from stackwise_jax.model import dtype_of
 from stackwise_jax.objectives import Examples
@@ -41,6 +42,7 @@ def plan_rows(setup: Setup) -> list[dict]:
         choice = cache.choose(phase, loader, task)
         if phase.corruption == "auto":
             phase = dataclasses.replace(phase, corruption="fixed" if choice.use else "fresh")
+        weights.declare(phase)
         window = Window(setup.rack, phase)
         spec = step_spec(task, phase, window)
         trainable, not_trained = trainable_and_frozen(setup.rack, phase)
@@ -62,12 +64,13 @@ def plan_rows(setup: Setup) -> list[dict]:
 def _describe(phase: Phase) -> dict:
     """What a phase does, in words."""
     noise = phase.noise
-    spans = {"none": "-", "fixed": f"{noise.low:g}", "range": f"{noise.low:g}-{noise.high:g}", "elbo": "0-1 elbo"}
+    span = f"{noise.low:g}-{noise.high:g}"
+    spans = {"none": "-", "fixed": f"{noise.low:g}", "range": span, "elbo": f"{span} elbo"}
     ends = (["embed"] if phase.train_embed else []), (["head"] if phase.train_head else [])
     return {
         "name": phase.name,
         "path": list(phase.path),
-        "learns": [*ends[0], *sorted(phase.train), *ends[1]],
+        "learns": [*ends[0], *sorted(phase.train), *(f"~{i}" for i in sorted(phase.adapt)), *ends[1]],
         "objective": phase.objective.kind,
         "noise": spans[noise.kind],
         "corruption": "-" if phase.objective.kind == "clm" else phase.corruption,
@@ -93,9 +96,9 @@ def abstract_step(
 ) -> tuple[TrainState, Tree, StepData, Tree]:
     """The arguments of the training step of a phase as shapes with shardings."""
     placement, config = setup.placement, setup.config
-    learns = learning_items(phase)
-    shape = lambda item: weights.shapes(item, weights.master if item in learns else phase.frozen)
-    stacks = {i: shape(stack_item(i)) for i in phase.window}
+    weights.declare(phase)
+    shape = lambda item: weights.shapes(item, item_format(phase, item, weights.master))
+    stacks = {i: weights.full_shapes(i, item_format(phase, stack_item(i), weights.master)) for i in phase.window}
     split = lambda embed, head, stacks: split_phase(spec, window, embed, head, stacks)
     learning, frozen = _placed(placement, jax.eval_shape(split, shape(EMBED), shape(HEAD), stacks))
     opt = _placed(placement, jax.eval_shape(make_optimizer(spec.optimizer).init, learning))
@@ -129,8 +132,10 @@ def _step_bytes(
     state, frozen, data, constants = abstract_step(setup, weights, spec, phase, window)
     compiled = compiled_bytes(programs.get(spec, state, frozen, data, constants))
     gradients = device_bytes(state.learning)
-    prefix = [EMBED, *(stack_item(i) for i in phase.prefix)] if phase.prefix and recompute else []
-    prefix_bytes = sum(device_bytes(weights.shapes(item, phase.frozen)) for item in prefix)
+    prefix_bytes = 0
+    if phase.prefix and recompute:
+        prefix_bytes = device_bytes(weights.shapes(EMBED, phase.frozen))
+        prefix_bytes += sum(device_bytes(weights.full_shapes(i, phase.format_of(i))) for i in phase.prefix)
     return {
         "weights_bytes": gradients + device_bytes(frozen) + prefix_bytes,
         "gradients_bytes": gradients,

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from stackwise_jax.checkpoint import Progress, Store
+from stackwise_jax.checkpoint import Progress
 from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.config.schema import MeshConfig, ObjectiveKind
-from stackwise_jax.curriculum import AttentionMode, Phase, make_plan
-from stackwise_jax.data import Tokenizer, load_tokenizer
-from stackwise_jax.engine.directory import CHECKPOINTS, TOKENIZER, check_unchanged, read_config, read_rack
-from stackwise_jax.engine.setup import rack_shape
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, stack_item
+from stackwise_jax.curriculum import AttentionMode, Phase
+from stackwise_jax.data import Tokenizer
+from stackwise_jax.engine.source import Source
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory import Placement, make_mesh
-from stackwise_jax.model import Rack
+from stackwise_jax.model import Rack, combine
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A rack cut to the stacks that were asked for; `rack.apply({"params": params}, ...)` takes its parameters."""
+    """A rack cut to the stacks that were asked for; `rack.apply({"params": params}, ...)` takes its parameters.
+
+    Adapters stand in the parameters beside the weights that they adapt.
+    """
 
     config: StackWiseConfig
     run_dir: Path
@@ -31,8 +34,9 @@ class LoadedRun:
     params: dict[str, Any]
     tokenizer: Tokenizer
     progress: Progress
-    phase: Phase  # the last phase that trained this depth
+    phase: Phase  # the last phase that trained this path
     placement: Placement
+    levels: tuple[float, ...] | None = None  # objective.time depth: the share hidden at each stack of the path
 
     @property
     def objective_kind(self) -> ObjectiveKind:
@@ -48,29 +52,69 @@ class LoadedRun:
         return tuple(stack.stack_id for stack in self.rack.stacks)
 
 
-def _snapshot(
-    progress: Progress, phases: tuple[Phase, ...], depth: int | None
-) -> tuple[dict, dict, tuple[int, ...], Phase]:
-    """(versions, formats, path, phase) of the rack at a depth.
+def load_rack(run_dir: str | Path, depth: int | None = None) -> LoadedRun:
+    """Load the rack of a run from its newest checkpoint, onto the devices.
 
-    A depth that some phase ended at is taken as it was then, with the head that was trained on it; otherwise it is the
-    first stacks of the last state.
+    Args:
+        run_dir: the run directory.
+        depth: how many stacks; None: all that were trained so far. A depth that some phase ended at is taken as it was
+            then, with the head that was trained on it; otherwise it is the first stacks of the last state.
+
+    Raises:
+        UsageError: there is no run, no checkpoint in it yet, or no such depth.
+        RunError: a checkpoint is damaged.
     """
-    if progress.step > 0 or not progress.results:
-        now = (progress.versions, progress.formats, phases[min(progress.phase, len(phases) - 1)])
-    else:
-        last = progress.results[-1]
-        now = (last["versions"], last["formats"], phases[last["index"]])
-    path = now[2].path
-    if depth is None or depth == len(path):
-        return now[0], now[1], path, now[2]
-    for result in reversed(progress.results):
-        phase = phases[result["index"]]
-        if len(phase.path) == depth:
-            return result["versions"], result["formats"], phase.path, phase
-    if not 1 <= depth <= len(path):
-        raise UsageError(f"--depth {depth} is not in this run; write 1 to {len(path)} stacks")
-    return now[0], now[1], path[:depth], now[2]
+    return _load(Source(run_dir, depth))
+
+
+def load_experts(run_dir: str | Path) -> list[LoadedRun]:
+    """The models that a run made, in the order of their phases: one, unless stacks were trained apart from each other.
+
+    Raises:
+        UsageError, RunError: as `load_rack`.
+    """
+    found = Source(run_dir).experts
+    if len(found) <= 1:
+        return [load_rack(run_dir)]
+    return [_load(Source(run_dir, expert=index)) for index in found]
+
+
+def _load(source: Source) -> LoadedRun:
+    tokenizer = source.tokenizer()
+    placement = _placement(source.config)
+    weights = Weights(source.rack, placement, source.store, jax.random.key(source.config.run.seed))
+    weights.versions = source.versions
+    weights.adapters = source.adapters
+
+    def load(item: str) -> Any:
+        weights.ensure(item, source.formats.get(item, weights.master))
+        return weights.trees[item]
+
+    params = {
+        "embed": load(EMBED),
+        "head": load(HEAD),
+        "stacks": {
+            f"{i:03d}": functools.reduce(combine, map(load, weights.stack_items(stack)))
+            for i, stack in enumerate(source.path)
+        },
+    }
+    rack = source.rack.clone(stacks=tuple(source.rack.stacks[i] for i in source.path), parent=None)
+    run = source.config, source.run_dir, rack, params, tokenizer, source.progress, source.phase, placement
+    return LoadedRun(*run, levels=_levels(source))
+
+
+def _levels(source: Source) -> tuple[float, ...] | None:
+    """The share hidden when each stack of the path first learned, where every stack has a level of its own."""
+    if source.config.objective.time != "depth":
+        return None
+    first = {}
+    for phase in source.plan.phases[: source.index + 1]:
+        for stack in phase.learning:
+            first.setdefault(stack, phase.noise)
+    noises = [first.get(stack) for stack in source.path]
+    if any(noise is None or noise.kind != "fixed" for noise in noises):
+        return None
+    return tuple(noise.low for noise in noises if noise is not None)
 
 
 def _placement(config: StackWiseConfig) -> Placement:
@@ -81,43 +125,3 @@ def _placement(config: StackWiseConfig) -> Placement:
         return placement
     except UsageError:
         return Placement(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-
-
-def load_rack(run_dir: str | Path, depth: int | None = None) -> LoadedRun:
-    """Load the rack of a run from its newest checkpoint, onto the devices.
-
-    Args:
-        run_dir: the run directory.
-        depth: how many stacks; None: all that were trained so far.
-
-    Raises:
-        UsageError: there is no run, no checkpoint in it yet, or no such depth.
-        RunError: a checkpoint is damaged.
-    """
-    run_dir = Path(run_dir)
-    config = read_config(run_dir)
-    store = Store(run_dir / CHECKPOINTS, keep=config.run.keep)
-    progress = store.latest()
-    if progress is None:
-        raise UsageError(f"{run_dir} holds no checkpoint yet; let train reach its first save")
-    tokenizer = load_tokenizer(config.tokenizer, None, run_dir / TOKENIZER)
-    check_unchanged(run_dir, progress, {"tokenizer": tokenizer.fingerprint})
-    rack = read_rack(run_dir)
-    plan = make_plan(config, rack_shape(rack))
-    versions, formats, path, phase = _snapshot(progress, plan.phases, depth)
-
-    placement = _placement(config)
-    weights = Weights(rack, placement, store, jax.random.key(config.run.seed))
-    weights.versions = versions
-
-    def load(item: str) -> Any:
-        weights.ensure(item, formats.get(item, weights.master))
-        return weights.trees[item]
-
-    params = {
-        "embed": load(EMBED),
-        "head": load(HEAD),
-        "stacks": {f"{i:03d}": load(stack_item(stack)) for i, stack in enumerate(path)},
-    }
-    rack = rack.clone(stacks=tuple(rack.stacks[i] for i in path), parent=None)
-    return LoadedRun(config, run_dir, rack, params, tokenizer, progress, phase, placement)

@@ -45,9 +45,9 @@ class Prefix:
         self._stacks = [bare(weights.rack.stacks[i]) for i in phase.prefix]
 
     @property
-    def items(self) -> list[str]:
-        """The items whose content decides the output, input to output."""
-        return [EMBED, *(stack_item(i) for i in self._phase.prefix)]
+    def layers(self) -> list[list[str]]:
+        """The items whose content decides the output: those of the embedding, then those of each stack."""
+        return [[EMBED], *([stack_item(i), *self._weights.adapter_items(i)] for i in self._phase.prefix)]
 
     def embed(self, examples: Examples, visit: jax.Array) -> jax.Array:
         """Corrupt and embed: x_BTD."""
@@ -56,7 +56,7 @@ class Prefix:
 
     def stack(self, position: int) -> Callable[[jax.Array, Examples], jax.Array]:
         """The position-th stack of the prefix, brought to the device, as a function of activations and examples."""
-        params = self._weights.on_device(stack_item(self._phase.prefix[position]))
+        params = self._weights.full_on_device(self._phase.prefix[position])
         return functools.partial(run_stack, self._task, self._stacks[position], params)
 
     def __call__(self, examples: Examples, visit: jax.Array) -> jax.Array:
@@ -80,7 +80,7 @@ class PrefixCache:
         self._directory = Path(cfg.dir) if cfg.dir else directory
         self._cache: ActivationCache | None = None
         self._parts: dict[str, Any] = {}  # what the chunks were made of, besides the items
-        self._hashes: list[str] = []  # content of the items that the chunks have passed
+        self._hashes: list[str] = []  # content of the layers that the chunks have passed
 
     def choose(self, phase: Phase, loader: Loader, task: TaskSpec) -> CacheChoice:
         """Whether and where the prefix of this phase is cached, and why."""
@@ -119,7 +119,8 @@ class PrefixCache:
             "batches": ids,
             "kind": kind,
         }
-        hashes = [f"{weights.formats[item]}:{weights.content_hash(item)}" for item in prefix.items]
+        content = lambda item: f"{weights.formats[item]}:{weights.content_hash(item)}"
+        hashes = [" ".join(map(content, layer)) for layer in prefix.layers]
         done = len(self._hashes)
         fits = self._cache is not None and parts == self._parts and 0 < done <= len(hashes)
         if fits and hashes[:done] == self._hashes:

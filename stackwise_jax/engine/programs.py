@@ -16,7 +16,7 @@ import jax
 
 from stackwise_jax.engine.step import StepSpec, TaskSpec, TrainState, batch_sums, token_loss, train_step
 from stackwise_jax.memory.placement import Placement
-from stackwise_jax.model import Stack, embed_tokens
+from stackwise_jax.model import Stack
 from stackwise_jax.objectives import Examples
 
 Tree = Any
@@ -30,7 +30,7 @@ def bare(stack: Stack) -> Stack:
 @functools.partial(jax.jit, static_argnames="task")
 def embed_examples(task: TaskSpec, embed: Tree, examples: Examples, key: jax.Array, visit: jax.Array) -> jax.Array:
     """Corrupt the examples and embed them: x_BTD."""
-    x_BTD = embed_tokens(task.rack, embed, task.batch(examples, key, visit).inputs_BT)
+    x_BTD = task.embed(embed, task.batch(examples, key, visit))
     return jax.lax.with_sharding_constraint(x_BTD, task.placement.batch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from stackwise_jax.engine import directory
 from stackwise_jax.engine.weights import Weights
 
 Tree = Any
-OPTIMIZER = "optimizer"
+OPTIMIZER, MOMENTS = "optimizer", "moments/"
 
 
 class Recorder:
     """The saved side of a run: what has been committed, and how to commit more.
 
-    number, global_step, results: of the state that the next record will describe. `data` goes into every record: the
+    number, global_step, results: of the state that the next record will describe. moments: the versions of the
+    optimizer state that items keep for a later phase. `data` goes into every record: the
     fingerprints of what the run must find again.
     """
 
@@ -28,26 +30,56 @@ class Recorder:
         self.weights: Weights  # set by the run once the store can be read
         self.number = self.global_step = 0
         self.results: list[dict] = []
+        self.moments: dict[str, int] = {}
         self._data = data
 
     def go_on_from(self, progress: Progress) -> None:
         """Take up a committed state: counters, results, versions, and the metrics file as it was then."""
         self.number, self.global_step = progress.number, progress.global_step
         self.results = list(progress.results)
-        self.weights.versions = {name: v for name, v in progress.versions.items() if name != OPTIMIZER}
+        versions = {name: v for name, v in progress.versions.items() if name != OPTIMIZER}
+        self.moments = {n.removeprefix(MOMENTS): v for n, v in versions.items() if n.startswith(MOMENTS)}
+        self.weights.versions = {name: v for name, v in versions.items() if not name.startswith(MOMENTS)}
         self.log.truncate(progress.metrics_bytes)
 
-    def grow(self, item: str, phase_name: str) -> None:
+    def grow(self, item: str, phase_name: str, **how: Any) -> None:
         """Initialise an item and save it at once: its full-precision copy is never only in memory."""
-        self.weights.grow(item)
+        self.weights.grow(item, **how)
+        self.keep(item, self.weights.trees[item], phase_name)
+
+    def keep(self, item: str, tree: Tree, phase_name: str) -> None:
+        """Take a tree as an item in full precision, and save it."""
+        self.weights.set(item, tree, self.weights.master)
         meta = {"phase": phase_name, "format": self.weights.master, "loss_history": []}
-        self.save_learned({item: self.weights.trees[item]}, meta)
+        self.save_learned({item: tree}, meta)
 
     def save_learned(self, trees: dict[str, Tree], meta: dict) -> None:
         """Save new versions of items; they count once `commit` has named them."""
         for item, tree in trees.items():
-            self.store.save_item(item, self.number + 1, tree, meta | {"kind": item.split("/")[0]})
+            about = meta | {"kind": item.split("/")[0]}
+            if item in self.weights.adapters:
+                about["adapter"] = dataclasses.asdict(self.weights.adapters[item].spec)
+            self.store.save_item(item, self.number + 1, tree, about)
             self.weights.versions[item] = self.number + 1
+
+    def save_moments(self, item: str, state: dict[str, jax.Array], meta: dict) -> None:
+        """Save the optimizer state that an item will go on with."""
+        names = sorted(state)
+        leaves = {f"{i:04d}": state[name] for i, name in enumerate(names)}
+        if leaves:
+            self.store.save_item(MOMENTS + item, self.number + 1, leaves, meta | {"kind": "moments", "names": names})
+            self.moments[item] = self.number + 1
+
+    def load_moments(self, item: str, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The saved optimizer state of an item, as far as `like` has the same leaves."""
+        name, version = MOMENTS + item, self.moments[item]
+        names, shapes = self.store.item_meta(name, version)["names"], self.store.item_shapes(name, version)
+        files = {leaf: f"{i:04d}" for i, leaf in enumerate(names)}
+        if any(leaf not in files or shapes[files[leaf]].shape != x.shape for leaf, x in like.items()):
+            return {}  # another optimizer: it begins anew
+        wanted = {files[n]: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in like.items()}
+        saved = self.store.load_item(name, version, wanted | {f: shapes[f] for f in shapes if f not in wanted})
+        return {leaf: saved[files[leaf]] for leaf in like}
 
     def save_inside(self, learned: dict[str, Tree], opt: Tree, meta: dict, extra: dict, bad_steps: int) -> None:
         """A checkpoint in the middle of a phase: what learns, its optimizer state, and where the loop stands."""
@@ -75,7 +107,9 @@ class Recorder:
             phase=phase,
             step=step,
             global_step=self.global_step,
-            versions=self.weights.versions | ({OPTIMIZER: self.number} if optimizer else {}),
+            versions=self.weights.versions
+            | {MOMENTS + item: version for item, version in self.moments.items()}
+            | ({OPTIMIZER: self.number} if optimizer else {}),
             formats=dict(self.weights.formats),
             data=self._data,
             metrics_bytes=self.log.tell(),

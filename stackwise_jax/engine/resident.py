@@ -12,10 +12,12 @@ import numpy as np
 
 from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.curriculum.phase import Phase
+from stackwise_jax.engine.carry import State, join_state, split_state
 from stackwise_jax.engine.optimizer import make_optimizer
 from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
 from stackwise_jax.engine.step import StepData, StepSpec, TaskSpec, TrainState
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, Window, learning_items, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, adapter_item, learning_items, stack_item
+from stackwise_jax.engine.window import Window, detach_adapters, one_adapter
 from stackwise_jax.memory import Placement
 from stackwise_jax.model import Rack, Stack, combine
 
@@ -34,15 +36,18 @@ def step_spec(task: TaskSpec, phase: Phase, window: Window) -> StepSpec:
         from_tokens=not phase.prefix,
         train_embed=phase.train_embed,
         train_head=phase.train_head,
-        dropout=any(block.dropout > 0 for group in window.groups for block in group.blocks),
+        dropout=any(block.dropout > 0 for group in window.groups for block in group.blocks)
+        or any(adapter.spec.dropout > 0 for adapter in phase.adapters),
         microbatches=phase.optimizer.microbatches,
         optimizer=optimizer,
+        adapter_rate=1.0 if phase.adapter_lr is None else phase.adapter_lr / phase.optimizer.lr,
+        consistency=phase.consistency,
     )
 
 
 def split_phase(spec: StepSpec, window: Window, embed: Tree, head: Tree, stacks: dict[int, Tree]) -> tuple[Tree, Tree]:
-    """(learning, frozen): the trees that the step takes, from the full trees of the window."""
-    free, fixed = window.split(window.merge(stacks))
+    """(learning, frozen): the trees that the step takes, from the full trees of the window's stacks."""
+    free, fixed = window.split(stacks)
     learning: dict[str, Any] = {"stacks": free}
     frozen: dict[str, Any] = {"stacks": fixed}
     (learning if spec.train_head else frozen)["head"] = head
@@ -83,11 +88,11 @@ class Resident:
         self._constants = constants
         self.window = Window(rack, phase)
         self.spec = step_spec(task, phase, self.window)
-        stacks = {i: weights.on_device(stack_item(i)) for i in phase.window}
+        stacks = {i: weights.full_on_device(i) for i in phase.window}
         embed, head = weights.on_device(EMBED), weights.on_device(HEAD)
         learning, self.frozen = split_phase(self.spec, self.window, embed, head, stacks)
         self.state = initial_state(self.spec, weights.placement, learning)
-        merged = [stack_item(i) for ids in self.window.ids if len(ids) > 1 for i in ids]
+        merged = [item for ids in self.window.ids if len(ids) > 1 for i in ids for item in weights.stack_items(i)]
         for item in {*learning_items(phase), *merged}:
             weights.drop(item)  # it lives in the trees of the step now; what learns is donated
         self.step_bytes = 0
@@ -109,6 +114,17 @@ class Resident:
         return metrics
 
     @property
+    def carried(self) -> dict[str, State]:
+        """The optimizer state of each item that learns."""
+        return split_state(self.state.opt, self.window)
+
+    def carry(self, items: dict[str, State]) -> None:
+        """Begin with the optimizer state that these items have from an earlier phase."""
+        opt = jax.jit(lambda opt, items: join_state(opt, self.window, items))(self.state.opt, items)
+        placement = self._weights.placement
+        self.state = self.state._replace(opt=placement.put(opt, placement.params(opt)))
+
+    @property
     def opt(self) -> Tree:
         """The optimizer state, which is saved in the middle of a phase."""
         return self.state.opt
@@ -120,16 +136,23 @@ class Resident:
 
     def learned(self) -> dict[str, Tree]:
         """The full trees of the items that learn, by item name."""
-        stacks = self.window.unmerge(self._rack, self.state.learning["stacks"], self.frozen["stacks"])
-        trees = {stack_item(i): tree for i, tree in stacks.items()}
+        trees: dict[str, Tree] = {}
+        for i, tree in self.window.unsplit(self.state.learning["stacks"], self.frozen["stacks"]).items():
+            base, adapters = detach_adapters(tree)
+            if i in self._phase.train:
+                trees[stack_item(i)] = base
+            else:
+                on_stack = [adapter for adapter in self._phase.adapters if adapter.stack == i]
+                trees |= {adapter_item(adapter): one_adapter(adapters, adapter.name) for adapter in on_stack}
         ends = {EMBED: self.spec.train_embed, HEAD: self.spec.train_head}
         return trees | {item: self.state.learning[item] for item, learns in ends.items() if learns}
 
     def evaluated(self) -> tuple[list[tuple[Stack, Tree]], Tree, Tree]:
         """(stacks with their trees from input to head, embed, head) as they are now, without copies."""
         weights, learning = self._weights, self.state.learning
-        stacks = [(self._rack.stacks[i], weights.trees[stack_item(i)]) for i in self._phase.prefix]
+        stacks = [(self._rack.stacks[i], weights.full(i)) for i in self._phase.prefix]
         trees = zip(learning["stacks"], self.frozen["stacks"], strict=True)
+        # The window's groups as they stand in the step: nothing is copied.
         stacks += [(g, combine(a, b)) for g, (a, b) in zip(self.window.groups, trees, strict=True)]
         embed = learning["embed"] if self.spec.train_embed else weights.on_device(EMBED)
         head = learning["head"] if self.spec.train_head else weights.on_device(HEAD)

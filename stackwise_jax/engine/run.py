@@ -1,9 +1,9 @@
 """Runs any list of phases; knows the name of no mode.
 
 For each phase: 1. grow the stacks of the path that do not exist; 2. store what does not learn in the phase's frozen
-format (its full-precision copy stays in the store); 3. cache or recompute the prefix; 4. learning state = (step,
-learning trees, optimizer state), donated, the frozen trees beside it; 5. the loop of `loop.run_phase`; 6. write
-only what changed, drop optimizer and cache.
+format (its full-precision copy stays in the store), both in `border`; 3. cache or recompute the prefix; 4. learning
+state = (step, learning trees, optimizer state), donated, the frozen trees beside it; 5. the loop of `loop.run_phase`;
+6. write only what changed, drop optimizer and cache.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from stackwise_jax.checkpoint import Progress, by_first_process, plain
 from stackwise_jax.curriculum import Phase
 from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
+from stackwise_jax.engine.border import hand_over, keep_moments, open_phase
 from stackwise_jax.engine.events import NullReporter, Reporter, StopFlag
 from stackwise_jax.engine.heldout import held_out, held_out_batches
 from stackwise_jax.engine.loop import Feed, run_phase
@@ -30,7 +31,7 @@ from stackwise_jax.engine.recorder import Recorder
 from stackwise_jax.engine.resident import Resident, constants_of
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.step import TaskSpec
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, learning_items, path_items, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, path_items, stack_item
 from stackwise_jax.errors import RunError
 from stackwise_jax.memory import peak_device_bytes, peak_host_bytes
 
@@ -133,9 +134,14 @@ class Run:
 
     def _begin(self) -> Progress:
         """Write the items that exist before the first phase, one at a time, and the first progress record."""
-        items = [EMBED, HEAD, *(stack_item(i) for i in sorted(self.setup.plan.start))]
-        for item in items:
-            self.recorder.grow(item, "start")
+        origin = self.setup.origin
+        stacks = self.setup.plan.start | frozenset(origin.stacks if origin else ())
+        for item in [EMBED, HEAD, *map(stack_item, sorted(stacks))]:
+            tree = origin.load(item, self.weights.shapes(item, self.weights.master)) if origin else None
+            if tree is None:
+                self.recorder.grow(item, "start")
+            else:
+                self.recorder.keep(item, tree, "start")
             self.weights.drop(item)
         return self.recorder.commit(phase=0, step=0)
 
@@ -165,7 +171,10 @@ class Run:
             work.history = list(progress.extra["history"])
             opt = self.recorder.load_optimizer(progress, executor.opt)
             executor.resume(opt, progress.step, progress.bad_steps)
+        else:
+            hand_over(executor, self.recorder, work.phase)
         learned = self._loop(work, executor, start)
+        keep_moments(executor, self.recorder, self.phases, index, self._meta(work, work.phase.steps))
         del executor  # its optimizer state and frozen copies make room for the evaluation of the whole path
         self._finish_phase(work, learned)
 
@@ -193,7 +202,8 @@ class Run:
         choice = self.cache.choose(phase, self.loader, task)
         corruption = "fixed" if choice.use or phase.corruption == "fixed" else "fresh"
         phase = dataclasses.replace(phase, corruption=corruption)
-        self._place(phase, cached=choice.use)
+        origin = self.setup.adapters
+        open_phase(weights, self.recorder, phase, begins=not start, cached=choice.use, adapters=origin)
         constants = constants_of(self.placement, phase.seed, index, self.setup.tokenizer.token_bytes)
         prefix = Prefix(weights, phase, task, self.placement, constants["corruption_key"])
         reason, advanced = choice.reason, None
@@ -240,18 +250,6 @@ class Run:
                 self.reporter.note(f"  cache of phase '{phase.name}': {done} of {total} batches")
 
         return tell
-
-    def _place(self, phase: Phase, *, cached: bool) -> None:
-        """Bring every item of the path into its format for this phase; grow those that do not exist.
-
-        A prefix whose output is cached waits in host memory: it is needed to fill the cache and to evaluate only.
-        """
-        learning = learning_items(phase)
-        for item in path_items(phase):
-            if item not in self.weights.versions and item not in learning:
-                self.recorder.grow(item, phase.name)
-            waits = cached and item in {stack_item(i) for i in phase.prefix}
-            self.weights.ensure(item, self.weights.master if item in learning else phase.frozen, on_host=waits)
 
     # Called by the loop.
 
@@ -352,10 +350,9 @@ class Run:
         phase, weights, rack = work.phase, self.weights, self.setup.rack
         for item, tree in learned.items():
             weights.set(item, tree, weights.master)
-        stacks = []
-        for i in phase.path:
-            weights.ensure(stack_item(i), weights.formats[stack_item(i)])
-            stacks.append((rack.stacks[i], weights.trees[stack_item(i)]))
+        for item in path_items(phase):
+            weights.ensure(item, weights.formats[item])
+        stacks = [(rack.stacks[i], weights.full(i)) for i in phase.path]
         loss = self._held_out(work, stacks, weights.on_device(EMBED), weights.on_device(HEAD))
         self._report_held_out(work, phase.steps, loss)
         self.recorder.save_learned(learned, self._meta(work, phase.steps))
@@ -378,6 +375,7 @@ class Run:
             "peak_host_bytes": peak_host_bytes(),
             "cache_bytes": self.cache.bytes,
             "depth": len(phase.path),
+            "path": list(phase.path),
             "versions": {item: weights.versions[item] for item in path_items(phase)},
             "formats": {item: weights.formats[item] for item in path_items(phase)},
         }

@@ -9,12 +9,15 @@ from pathlib import Path
 import jax
 
 from stackwise_jax.config import StackWiseConfig, parse_bytes
-from stackwise_jax.curriculum import Phase, Plan, RackShape, make_plan
+from stackwise_jax.curriculum import Phase, Plan, make_plan
 from stackwise_jax.data import Dataset, Loader, Tokenizer, load_datasets, load_tokenizer, training_texts
+from stackwise_jax.engine.shape import rack_shape
+from stackwise_jax.engine.source import Origin, Source, adapters_for, origin_for
 from stackwise_jax.engine.step import TaskSpec
+from stackwise_jax.engine.weights import nearest_stack
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory import Placement, make_mesh
-from stackwise_jax.model import Rack, create_rack_from_config, padded_vocab, regroup
+from stackwise_jax.model import Rack, can_copy, create_rack_from_config, padded_vocab, regroup
 from stackwise_jax.objectives import Vocab
 
 
@@ -30,6 +33,8 @@ class Setup:
     placement: Placement
     train: Dataset
     valid: Dataset
+    origin: Origin | None = None  # the run whose weights this one starts from
+    adapters: Source | None = None  # the run whose adapters are put on this rack
 
     @property
     def vocab(self) -> Vocab:
@@ -50,13 +55,6 @@ class Setup:
 def vocab_of(tokenizer: Tokenizer) -> Vocab:
     """The tokenizer as objectives see it."""
     return Vocab(tokenizer.vocab_size, tokenizer.mask_id, tokenizer.pad_id, tokenizer.n_special)
-
-
-def rack_shape(rack: Rack) -> RackShape:
-    """The rack as plans see it."""
-    counts = tuple(len(stack.blocks) for stack in rack.stacks)
-    frozen = frozenset(i for i, stack in enumerate(rack.stacks) if stack.freeze_blocks)
-    return RackShape(counts, frozen, rack.tie_embeddings)
 
 
 def start_devices(config: StackWiseConfig) -> Placement:
@@ -99,10 +97,13 @@ def prepare(config: StackWiseConfig, run_dir: Path, rack: Rack | None = None) ->
     if rack is None:
         rack = create_rack_from_config(config, tokenizer.vocab_size)
     padded_vocab(rack.vocab_size, tokenizer.vocab_size, 1)
-    plan = make_plan(config, rack_shape(rack))
+    plan = make_plan(config, rack_shape(rack, config.data))
     _check_attention(rack, plan)
+    rack = regroup(rack, plan.stack_sizes)
+    origin, adapters = origin_for(config, rack, tokenizer), adapters_for(config, rack, plan)
+    _check_copies(rack, plan, frozenset(origin.stacks if origin else ()))
     train, valid = load_datasets(config.data, tokenizer, seed)
-    return Setup(config, run_dir, tokenizer, regroup(rack, plan.stack_sizes), plan, placement, train, valid)
+    return Setup(config, run_dir, tokenizer, rack, plan, placement, train, valid, origin, adapters)
 
 
 def _check_attention(rack: Rack, plan: Plan) -> None:
@@ -114,3 +115,20 @@ def _check_attention(rack: Rack, plan: Plan) -> None:
                 f"phase '{phase.name}': objective clm sees its own targets in bidirectional blocks; write "
                 "objective.attention_mode causal, or build the rack of causal blocks"
             )
+
+
+def _check_copies(rack: Rack, plan: Plan, existing: frozenset[int]) -> None:
+    """A stack that is grown as a copy needs one beside it that has its shape."""
+    existing = existing | plan.start
+    for phase in plan.phases:
+        before = [i for i in phase.path if i in existing]
+        for index in phase.path:
+            source = nearest_stack(phase.path, before, index)
+            if index in existing or phase.init != "copy" or source is None:
+                continue
+            if not can_copy(rack.stacks[source], rack.stacks[index]):
+                raise UsageError(
+                    f"phase '{phase.name}': stack {index} cannot begin as a copy of stack {source}, which has another "
+                    "shape; write curriculum.init random or zero, or make the stacks alike"
+                )
+        existing |= set(phase.path)

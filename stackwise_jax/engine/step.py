@@ -9,6 +9,7 @@ Legend: B batch, T sequence, D d_model, V vocabulary, M microbatches, k predicte
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from stackwise_jax.config.schema import OptimizerConfig
-from stackwise_jax.curriculum.phase import AttentionMode, Noise, Objective
+from stackwise_jax.curriculum.phase import AttentionMode, Consistency, Noise, Objective
 from stackwise_jax.engine.optimizer import make_optimizer
+from stackwise_jax.engine.window import Learns
 from stackwise_jax.kernels.cross_entropy import gather_targets, linear_cross_entropy
 from stackwise_jax.memory import Placement
 from stackwise_jax.model import Rack, Stack, combine, embed_tokens, final_hidden, head_kernel
@@ -43,6 +45,11 @@ class TaskSpec:
         keys_B = example_keys(seed_key, examples.example_ids_B, visit)
         return make_batch(self.objective, self.noise, examples, keys_B, self.vocab)
 
+    def embed(self, embed: Tree, batch: Batch) -> jax.Array:
+        """The embedding of a batch's inputs, with the share that is hidden where the rack takes it: x_BTD."""
+        hidden_B = batch.hidden_B if self.rack.time_embedding != "none" else None
+        return embed_tokens(self.rack, embed, batch.inputs_BT, hidden_B)
+
 
 @dataclass(frozen=True)
 class StepSpec:
@@ -50,13 +57,15 @@ class StepSpec:
 
     task: TaskSpec
     groups: tuple[Stack, ...]  # the window; neighbouring alike stacks are merged into one scan
-    learns: tuple[bool, ...]  # per group
+    learns: tuple[Learns, ...]  # per group
     from_tokens: bool  # the window begins with the embedding
     train_embed: bool
     train_head: bool
     dropout: bool
     microbatches: int
     optimizer: OptimizerConfig
+    adapter_rate: float  # learning rate of adapters as a multiple of the phase's
+    consistency: Consistency | None
 
 
 class TrainState(NamedTuple):
@@ -111,16 +120,22 @@ def window_loss(
     batch: Batch,
     hidden_BTD: jax.Array | None,
     dropout_key: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Run the window over a (micro)batch and return token_loss. Differentiable in `learning`."""
+    reference: Batch | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Run the window over a (micro)batch: token_loss, and the sum of the distances of `consistency_distance`.
+
+    Differentiable in `learning`. reference: the batch at the noise that the suffix was trained on.
+    """
     task = spec.task
     embed = learning.get("embed", frozen.get("embed"))
     head = learning.get("head", frozen.get("head"))
-    x_BTD: Any = embed_tokens(task.rack, embed, batch.inputs_BT) if spec.from_tokens else hidden_BTD
+    x_BTD: Any = task.embed(embed, batch) if spec.from_tokens else hidden_BTD
     assert x_BTD is not None
+    distance = jnp.float32(0)
+    last = max((i for i, learns in enumerate(spec.learns) if learns != "nothing"), default=-1)
     for i, stack in enumerate(spec.groups):
         params = combine(learning["stacks"][i], frozen["stacks"][i])
-        key = None if dropout_key is None or not spec.learns[i] else jax.random.fold_in(dropout_key, i)
+        key = None if dropout_key is None or spec.learns[i] == "nothing" else jax.random.fold_in(dropout_key, i)
         x_BTD = stack.apply(
             {"params": params},
             x_BTD,
@@ -129,8 +144,18 @@ def window_loss(
             attention_mode=task.attention_mode,
             dropout_key=key,
         )
+        if reference is not None and i == last:
+            distance = consistency_distance(x_BTD, task.embed(embed, reference), batch.segment_ids_BT)
     train_kernel = spec.train_head or (spec.train_embed and task.rack.tie_embeddings)
-    return token_loss(task, head, embed, x_BTD, batch, train_kernel=train_kernel)
+    nll, correct = token_loss(task, head, embed, x_BTD, batch, train_kernel=train_kernel)
+    return nll, correct, distance
+
+
+def consistency_distance(x_BTD: jax.Array, reference_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """The sum over real tokens of |x - r|^2 / |r|^2, in float32; no gradient flows to the reference r."""
+    r_BTD = jax.lax.stop_gradient(reference_BTD).astype(jnp.float32)
+    apart_BT = jnp.square(x_BTD.astype(jnp.float32) - r_BTD).sum(-1) / (jnp.square(r_BTD).sum(-1) + 1e-6)
+    return jnp.where(segment_ids_BT != 0, apart_BT, 0.0).sum()
 
 
 def _split(tree: Tree, n: int) -> Tree:
@@ -139,32 +164,49 @@ def _split(tree: Tree, n: int) -> Tree:
 
 
 def batch_gradients(
-    spec: StepSpec, learning: Tree, frozen: Tree, batch: Batch, hidden_BTD: jax.Array | None, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array, Tree]:
-    """(nll sum, correct, gradient of the mean loss) of the full batch, computed in spec.microbatches parts."""
-    total = jnp.maximum(batch.counts_BT.sum(), 1.0)
+    spec: StepSpec,
+    learning: Tree,
+    frozen: Tree,
+    batch: Batch,
+    hidden_BTD: jax.Array | None,
+    key: jax.Array | None,
+    reference: Batch | None = None,
+) -> tuple[dict[str, jax.Array], Tree]:
+    """({"nll": sum, "correct": number, "distance": sum}, gradient of the mean loss) of the full batch.
 
-    def loss(learning, part: Batch, hidden, key):
-        nll, correct = window_loss(spec, learning, frozen, part, hidden, key)
-        return nll / total, (nll, correct)
+    The loss is the mean nll over the tokens that count, plus consistency.weight times the mean distance over the real
+    tokens. Computed in spec.microbatches parts.
+    """
+    total = jnp.maximum(batch.counts_BT.sum(), 1.0)
+    pull = 0.0
+    if spec.consistency is not None:
+        pull = spec.consistency.weight / jnp.maximum((batch.segment_ids_BT != 0).sum(), 1)
+
+    def loss(learning, part: Batch, hidden, reference, key):
+        nll, correct, distance = window_loss(spec, learning, frozen, part, hidden, key, reference)
+        value = nll / total
+        if reference is not None:
+            value = value + pull * distance
+        return value, {"nll": nll, "correct": correct, "distance": distance}
 
     grad = jax.grad(loss, has_aux=True)
     if spec.microbatches == 1:
-        grads, (nll, correct) = grad(learning, batch, hidden_BTD, key)
-        return nll, correct, grads
+        grads, sums = grad(learning, batch, hidden_BTD, reference, key)
+        return sums, grads
 
     def body(carry, part):
-        index, (part_batch, part_hidden) = part
+        index, parts = part
         part_key = None if key is None else jax.random.fold_in(key, index)
-        grads, (nll, correct) = grad(learning, part_batch, part_hidden, part_key)
-        sums, nll_sum, correct_sum = carry
-        sums = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)
-        return (sums, nll_sum + nll, correct_sum + correct), None
+        grads, sums = grad(learning, *parts, part_key)
+        grad_sums, totals = carry
+        grad_sums = jax.tree.map(lambda s, g: s + g.astype(s.dtype), grad_sums, grads)
+        return (grad_sums, jax.tree.map(jnp.add, totals, sums)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), learning)
-    parts = (jnp.arange(spec.microbatches), _split((batch, hidden_BTD), spec.microbatches))
-    (grads, nll, correct), _ = jax.lax.scan(body, (zeros, jnp.float32(0), jnp.float32(0)), parts)
-    return nll, correct, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, learning)
+    nothing = {name: jnp.float32(0) for name in ("nll", "correct", "distance")}
+    parts = (jnp.arange(spec.microbatches), _split((batch, hidden_BTD, reference), spec.microbatches))
+    (grads, sums), _ = jax.lax.scan(body, (zeros, nothing), parts)
+    return sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, learning)
 
 
 def train_step(
@@ -181,21 +223,37 @@ def train_step(
 
     Returns:
         The new state, and scalars: loss (nats per token), bits_per_byte of the original text, accuracy (share of the
-        predicted positions), grad_norm, bad_steps (in a row), finite.
+        predicted positions), grad_norm, bad_steps (in a row), finite, and consistency (mean distance) where it is used.
     """
     batch = spec.task.batch(data.examples, constants["corruption_key"], data.visit)
     key = jax.random.fold_in(constants["dropout_key"], state.step) if spec.dropout else None
-    nll, correct, grads = batch_gradients(spec, state.learning, frozen, batch, data.hidden_BTD, key)
+    reference = None
+    if spec.consistency is not None:
+        earlier = dataclasses.replace(spec.task, noise=spec.consistency.noise)
+        reference = earlier.batch(data.examples, constants["corruption_key"], data.visit)
+    sums, grads = batch_gradients(spec, state.learning, frozen, batch, data.hidden_BTD, key, reference)
     grad_norm = _norm(grads)
     updates, opt = make_optimizer(spec.optimizer).update(grads, state.opt, state.learning)
     # A finite gradient can still give an update that is not (a second moment that underflows, say).
-    finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
-    learning = jax.tree.map(lambda p, u: p + (data.lr * u).astype(p.dtype), state.learning, updates)
+    finite = jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
+    rates = learning_rate_factors(updates, spec.adapter_rate)
+    learning = jax.tree.map(lambda p, u, r: p + (data.lr * r * u).astype(p.dtype), state.learning, updates, rates)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     new_state = TrainState(state.step + 1, bad_steps, keep(learning, state.learning), keep(opt, state.opt))
-    metrics = batch_metrics(batch, nll, correct, constants["token_bytes_V"])
+    metrics = batch_metrics(batch, sums["nll"], sums["correct"], constants["token_bytes_V"])
+    if reference is not None:
+        metrics["consistency"] = sums["distance"] / jnp.maximum((batch.segment_ids_BT != 0).sum(), 1)
     return new_state, metrics | {"grad_norm": grad_norm, "bad_steps": bad_steps, "finite": finite}
+
+
+def learning_rate_factors(tree: Tree, adapter_rate: float) -> Tree:
+    """Per leaf of what learns, the factor on the phase's learning rate: adapter_rate in adapters, else 1."""
+
+    def factor(path, _) -> float:
+        return adapter_rate if any(getattr(entry, "key", None) == "adapters" for entry in path) else 1.0
+
+    return jax.tree_util.tree_map_with_path(factor, tree)
 
 
 def _norm(tree: Tree) -> jax.Array:

@@ -1,21 +1,25 @@
 """The weights of a rack, item by item: grown, loaded, stored in the format and place that a phase wants.
 
-An item is what is saved and versioned alone: `embed`, `head` or `stacks/007`. The full-precision copy of what does
-not learn is not kept in memory: it is the item's last version in the store, and is read back when a later phase lets
-it learn.
+An item is what is saved and versioned alone: `embed`, `head`, `stacks/007`, or an adapter on a stack such as
+`adapters/007/trunk`. The full-precision copy of what does not learn is not kept in memory: it is the item's last
+version in the store, and is read back when a later phase lets it learn.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from stackwise_jax.adapters import init_adapter
 from stackwise_jax.checkpoint import Store
-from stackwise_jax.curriculum.phase import Phase
+from stackwise_jax.config.schema import StackInit
+from stackwise_jax.curriculum.phase import Phase, StackAdapter
 from stackwise_jax.engine.programs import bare
 from stackwise_jax.errors import RunError
 from stackwise_jax.memory import Placement, tree_hash
@@ -24,15 +28,12 @@ from stackwise_jax.model import (
     Rack,
     Stack,
     combine,
-    concat_blocks,
     dtype_of,
     init_embed,
     init_head,
     init_stack,
     init_stack_blocks,
-    merge_alike,
-    split_blocks,
-    split_fixed,
+    zero_outputs,
 )
 
 Tree = Any
@@ -44,15 +45,35 @@ def stack_item(index: int) -> str:
     return f"stacks/{index:03d}"
 
 
+def adapter_item(adapter: StackAdapter) -> str:
+    """The item name of an adapter."""
+    return f"adapters/{adapter.stack:03d}/{adapter.name}"
+
+
 def learning_items(phase: Phase) -> list[str]:
-    """The items whose full weights learn in a phase."""
+    """The items that learn in a phase."""
     ends = [EMBED] * phase.train_embed + [HEAD] * phase.train_head
-    return [stack_item(i) for i in sorted(phase.train)] + ends
+    adapters = [adapter_item(a) for a in phase.adapters if a.stack in phase.adapt]
+    return [stack_item(i) for i in sorted(phase.train)] + adapters + ends
 
 
 def path_items(phase: Phase) -> list[str]:
     """The items of a phase's path."""
-    return [EMBED, HEAD, *(stack_item(i) for i in phase.path)]
+    return [EMBED, HEAD, *(stack_item(i) for i in phase.path), *(adapter_item(a) for a in phase.adapters)]
+
+
+def item_format(phase: Phase, item: str, master: str) -> str:
+    """The format in which an item of the path takes part in a phase: the master's for what learns and for adapters."""
+    kind, *rest = item.split("/")
+    if kind == "adapters" or item in learning_items(phase):
+        return master
+    return phase.format_of(int(rest[0])) if kind == "stacks" else phase.frozen
+
+
+def nearest_stack(path: Sequence[int], existing: Sequence[int], index: int) -> int | None:
+    """Of the existing stacks of a path the one that lies nearest to a stack of it, the earlier of two; None: none."""
+    place = path.index
+    return min(existing, key=lambda other: (abs(place(other) - place(index)), place(other)), default=None)
 
 
 def _host(shardings: Tree) -> Tree:
@@ -74,12 +95,25 @@ class Weights:
         self.trees: dict[str, Tree] = {}
         self.formats: dict[str, str] = {}  # the format an item was last used in
         self.versions: dict[str, int] = {}  # the version of an item's full-precision copy in the store
+        self.adapters: dict[str, StackAdapter] = {}  # by item: those that the phases up to now have
         self._hashes: dict[str, str] = {}
 
     @property
     def master(self) -> str:
         """The format of what learns."""
         return self.rack.param_dtype
+
+    def declare(self, phase: Phase) -> None:
+        """Get to know the adapters of a phase."""
+        self.adapters |= {adapter_item(adapter): adapter for adapter in phase.adapters}
+
+    def adapter_items(self, index: int) -> list[str]:
+        """The items of the adapters on a stack."""
+        return [item for item, adapter in self.adapters.items() if adapter.stack == index]
+
+    def stack_items(self, index: int) -> list[str]:
+        """The items that a stack consists of."""
+        return [stack_item(index), *self.adapter_items(index)]
 
     def shapes(self, item: str, fmt: str, *, on_host: bool = False) -> Tree:
         """ShapeDtypeStructs with sharding of an item stored in a format, without allocating it."""
@@ -88,23 +122,45 @@ class Weights:
         shardings = _host(shardings) if on_host else shardings
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype_of(fmt), sharding=s), shapes, shardings)
 
+    def full_shapes(self, index: int, fmt: str) -> Tree:
+        """Shapes of a stack's tree with its adapters, the weights stored in a format."""
+        trees = [self.shapes(item, self.master) for item in self.adapter_items(index)]
+        return functools.reduce(combine, trees, self.shapes(stack_item(index), fmt))
+
     def _make(self, item: str, key: jax.Array) -> Tree:
         if item == EMBED:
             return init_embed(self.rack, key)
         if item == HEAD:
             return init_head(self.rack, key)
-        return init_stack(self.rack, int(item.split("/")[1]), key)
+        index = int(item.split("/")[1])
+        if item in self.adapters:
+            adapter = self.adapters[item]
+            return init_adapter(bare(self.rack.stacks[index]), adapter, self._first_block[index], key)
+        return init_stack(self.rack, index, key)
 
-    def grow(self, item: str) -> None:
-        """Initialise an item from the run's seed."""
+    def grow(self, item: str, init: StackInit = "random", source: str | None = None, again: int = 0) -> None:
+        """Initialise an item from the run's seed.
+
+        Args:
+            init: of a stack: at random, a copy of the item `source`, or at random with zeroed outputs.
+            again: how often the item was made before (adapters that were merged); other numbers each time.
+        """
+        if init == "copy" and source is not None:
+            self.ensure(source, self.master)
+            return self.set(item, jax.tree.map(jnp.copy, self.on_device(source)), self.master)
         shardings = jax.tree.map(lambda x: x.sharding, self.shapes(item, self.master))
-        if item in (EMBED, HEAD):
+        if item in self.adapters:
+            key = self._root_key if not again else jax.random.fold_in(self._root_key, again)
+            tree = jax.jit(functools.partial(self._make, item), out_shardings=shardings)(key)
+        elif item in (EMBED, HEAD):
             tree = jax.jit(functools.partial(self._make, item), out_shardings=shardings)(self._root_key)
         else:
             # One compilation for all stacks of equal shape: the index of the first block is an argument.
             index = int(item.split("/")[1])
             first = self.placement.put(np.int32(self._first_block[index]), self.placement.replicated)
             tree = _init_blocks(bare(self.rack.stacks[index]), self.placement, first, self._root_key)
+            if init == "zero":
+                tree = zero_outputs(self.rack.stacks[index], tree)
         self.set(item, self.placement.put(tree, shardings), self.master)
 
     def set(self, item: str, tree: Tree, fmt: str) -> None:
@@ -140,6 +196,16 @@ class Weights:
         tree = self.trees[item]
         return self.placement.put(tree, self.placement.params(tree))
 
+    def full(self, index: int) -> Tree:
+        """A stack's tree with its adapters, wherever they rest."""
+        return functools.reduce(combine, map(self.trees.__getitem__, self.stack_items(index)))
+
+    def full_on_device(self, index: int) -> Tree:
+        """The same in device memory."""
+        return functools.reduce(
+            combine, map(self.on_device, self.adapter_items(index)), self.on_device(stack_item(index))
+        )
+
     def content_hash(self, item: str) -> str:
         """A hash of the item's bytes in its current format; its version where no process holds all the bytes."""
         if item not in self._hashes:
@@ -152,54 +218,3 @@ class Weights:
 def _init_blocks(stack: Stack, placement: Placement, first_block: jax.Array, key: jax.Array) -> Tree:
     tree = init_stack_blocks(stack, first_block, key)
     return jax.lax.with_sharding_constraint(tree, placement.params(tree))
-
-
-class Window:
-    """The window of a phase as the step sees it: neighbouring alike stacks merged into groups, and back.
-
-    groups: the merged stacks; learns: per group; ids: the stack ids of each group.
-    """
-
-    def __init__(self, rack: Rack, phase: Phase):
-        self.groups: list[Stack] = []
-        self.learns: list[bool] = []
-        self.ids: list[list[int]] = []
-        for learns, run in itertools.groupby(phase.window, key=lambda index: index in phase.train):
-            indices = list(run)
-            groups, sizes = merge_alike([rack.stacks[i] for i in indices])
-            self.groups += groups
-            self.learns += [learns] * len(groups)
-            rest = iter(indices)
-            self.ids += [list(itertools.islice(rest, len(group_sizes))) for group_sizes in sizes]
-
-    def split(self, trees: list[Tree]) -> tuple[tuple[Tree, ...], tuple[Tree, ...]]:
-        """(what learns, what does not) per group, from the full tree of each group."""
-        learning, frozen = [], []
-        for stack, learns, tree in zip(self.groups, self.learns, trees, strict=True):
-            free, fixed = split_fixed(stack, tree) if learns else ({}, tree)
-            learning.append(free)
-            frozen.append(fixed)
-        return tuple(learning), tuple(frozen)
-
-    def merge(self, trees: dict[int, Tree]) -> list[Tree]:
-        """The full tree of each group, from the trees of its stacks."""
-        merged = []
-        for ids in self.ids:
-            parts = [trees[i] for i in ids]
-            merged.append(parts[0] if len(parts) == 1 else _concat(parts))
-        return merged
-
-    def unmerge(self, rack: Rack, learning: tuple[Tree, ...], frozen: tuple[Tree, ...]) -> dict[int, Tree]:
-        """The full trees of the stacks that learn, by id."""
-        trees = {}
-        for ids, learns, free, fixed in zip(self.ids, self.learns, learning, frozen, strict=True):
-            if not learns:
-                continue
-            full = combine(free, fixed)
-            sizes = tuple(len(rack.stacks[i].blocks) for i in ids)
-            trees |= dict(zip(ids, [full] if len(ids) == 1 else _split(full, sizes), strict=True))
-        return trees
-
-
-_concat = jax.jit(concat_blocks)
-_split = jax.jit(split_blocks, static_argnames=("sizes",))

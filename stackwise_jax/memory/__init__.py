@@ -2,7 +2,15 @@
 
 from stackwise_jax.memory.cache import ActivationCache, cache_key
 from stackwise_jax.memory.choice import CacheChoice, choose_cache
-from stackwise_jax.memory.flops import BlockDims, StackDims, block_forward_flops, head_forward_flops, phase_flops
+from stackwise_jax.memory.flops import (
+    BlockDims,
+    StackDims,
+    StepDims,
+    block_forward_flops,
+    head_forward_flops,
+    phase_flops,
+    step_flops,
+)
 from stackwise_jax.memory.hashing import tree_hash
 from stackwise_jax.memory.placement import (
     Placement,
@@ -18,6 +26,7 @@ __all__ = [
     "CacheChoice",
     "Placement",
     "StackDims",
+    "StepDims",
     "block_forward_flops",
     "cache_key",
     "choose_cache",
@@ -27,5 +36,6 @@ __all__ = [
     "peak_device_bytes",
     "peak_host_bytes",
     "phase_flops",
+    "step_flops",
     "tree_hash",
 ]

@@ -1,13 +1,13 @@
 """Floating-point operations of a phase by formula: a multiply and an add count two.
 
-Counted are the matrix products of weights and of attention (in full, not halved for causal masks). Not counted are
-norms, softmax, activations, the optimizer, and evaluation. The backward pass costs one forward for the gradients of
-the inputs (two for attention, both of whose operands are activations) and one for those of the weights that learn.
+Counted are the matrix products of weights, of adapters and of attention (in full, not halved for causal masks). Not
+counted are norms, softmax, activations, the embedding, the distance of a consistency loss, the power iteration of
+spectral norms, the optimizer, and evaluation. The backward pass costs one forward for the gradients of the inputs (two
+for attention, both of whose operands are activations) and one for those of the weights and adapters that learn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -20,6 +20,7 @@ class BlockDims:
     n_heads: int
     n_kv_heads: int
     freeze_up_proj: bool = False
+    adapter_entries: int = 0  # of the matrices a and b of all its adapters
 
     @property
     def attention_weights(self) -> int:
@@ -34,20 +35,27 @@ class BlockDims:
 
     def forward(self, seq_len: int) -> int:
         """Forward FLOPs per token."""
-        return 2 * (self.attention_weights + 3 * self.ff_matrix) + self._attention(seq_len)
+        return self._products() + self._attention(seq_len)
 
     def backward_inputs(self, seq_len: int) -> int:
         """FLOPs per token of the gradients of all activations."""
-        return 2 * (self.attention_weights + 3 * self.ff_matrix) + 2 * self._attention(seq_len)
+        return self._products() + 2 * self._attention(seq_len)
 
     def backward_weights(self) -> int:
-        """FLOPs per token of the gradients of the weights that learn."""
+        """FLOPs per token of the gradients of the weights, where they learn."""
         return 2 * (self.attention_weights + (2 if self.freeze_up_proj else 3) * self.ff_matrix)
+
+    def backward_adapters(self) -> int:
+        """FLOPs per token of the gradients of the adapters, where they learn."""
+        return 2 * self.adapter_entries
 
     def recompute(self, seq_len: int) -> int:
         """FLOPs per token that rematerialisation adds: the forward pass without the last matrix, whose output the
         backward pass does not need."""
         return self.forward(seq_len) - 2 * self.ff_matrix
+
+    def _products(self) -> int:
+        return 2 * (self.attention_weights + 3 * self.ff_matrix + self.adapter_entries)
 
     def _attention(self, seq_len: int) -> int:
         return 4 * seq_len * self.d_model  # scores and weighted sum, over all heads
@@ -65,64 +73,83 @@ def head_forward_flops(d_model: int, vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class StackDims:
-    """The blocks of a stack, and whether they learn in the phase."""
+    """The blocks of a stack, and what of them learns in the phase."""
 
     blocks: tuple[BlockDims, ...]
-    learns: bool = False
+    learns: bool = False  # the weights
+    adapters_learn: bool = False
+
+    def forward(self, seq_len: int) -> int:
+        """Forward FLOPs per token."""
+        return sum(block.forward(seq_len) for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class StepDims:
+    """What the cost of a training step depends on."""
+
+    path: tuple[StackDims, ...]  # from input to head
+    batch_size: int  # sequences per step over all devices
+    seq_len: int  # positions per sequence, padding included
+    d_model: int
+    vocab_size: int  # with its padding
+    predicted: int | None = None  # positions per sequence that go through the head; None: all
+    train_embed: bool = False
+    train_head: bool = False
+    tie_embeddings: bool = False  # the head's matrix is the embedding, so it gets a gradient where the embedding learns
+    remat: bool = False  # blocks are computed again in the backward pass
+
+    @property
+    def first_learning(self) -> int:
+        """Index into path of the first part that learns."""
+        learns = (i for i, stack in enumerate(self.path) if stack.learns or stack.adapters_learn)
+        return 0 if self.train_embed else next(learns, len(self.path))
+
+
+def step_flops(step: StepDims) -> dict[str, int]:
+    """FLOPs of one step that computes its prefix itself, in parts and in `total`.
+
+    Returns:
+        prefix_forward, window_forward, recompute, backward_inputs, backward_weights (of adapters too), head, total.
+    """
+    T, window = step.seq_len, step.path[step.first_learning :]
+    tokens = step.batch_size * T
+    blocks = [block for stack in window for block in stack.blocks]
+    learning = [block for stack in window if stack.learns for block in stack.blocks]
+    adapted = [block for stack in window if stack.adapters_learn for block in stack.blocks]
+    weights = sum(b.backward_weights() for b in learning) + sum(b.backward_adapters() for b in adapted)
+    # Forward, inputs, and the matrix itself.
+    head_passes = 2 + int(step.train_head or (step.tie_embeddings and step.train_embed))
+    predictions = step.batch_size * (T if step.predicted is None else step.predicted)
+    parts = {
+        "prefix_forward": tokens * sum(stack.forward(T) for stack in step.path[: step.first_learning]),
+        "window_forward": tokens * sum(stack.forward(T) for stack in window),
+        "recompute": tokens * sum(block.recompute(T) for block in blocks) if step.remat else 0,
+        "backward_inputs": tokens * sum(block.backward_inputs(T) for block in blocks),
+        "backward_weights": tokens * weights,
+        "head": head_passes * predictions * head_forward_flops(step.d_model, step.vocab_size),
+    }
+    return parts | {"total": sum(parts.values())}
 
 
 def phase_flops(
-    path: Sequence[StackDims],
-    *,
-    steps: int,
-    batch_size: int,
-    seq_len: int,
-    d_model: int,
-    vocab_size: int,
-    predicted: int | None = None,
-    train_embed: bool = False,
-    train_head: bool = False,
-    tie_embeddings: bool = False,
-    remat: bool = False,
-    cached_batches: int | None = None,
-    advanced_stacks: int | None = None,
+    step: StepDims, steps: int, *, cached_batches: int | None = None, advanced_stacks: int | None = None
 ) -> dict[str, int]:
-    """FLOPs of a phase of `steps` steps, in parts and in `total`.
+    """FLOPs of a phase of `steps` such steps, in parts and in `total`.
 
     Args:
-        path: the stacks from input to head.
-        batch_size: sequences per step over all devices.
-        seq_len: positions per sequence, padding included.
-        vocab_size: with its padding.
-        predicted: positions per sequence that go through the head; None: all.
-        tie_embeddings: the head's matrix is the embedding, so it gets a gradient too where the embedding learns.
-        remat: blocks are computed again in the backward pass.
         cached_batches: batches whose prefix is computed once and cached; None: it is computed at every step.
         advanced_stacks: with a cache, how many stacks of the prefix the chunks are pushed through (what an earlier
             phase left is advanced); None: the whole prefix.
 
     Returns:
-        prefix_forward, cache_fill, window_forward, recompute, backward_inputs, backward_weights, head, total.
+        The parts of step_flops, cache_fill, and total.
     """
-    first = 0 if train_embed else next((i for i, stack in enumerate(path) if stack.learns), len(path))
-    prefix, window = path[:first], [block for stack in path[first:] for block in stack.blocks]
-    learning = [block for stack in path[first:] if stack.learns for block in stack.blocks]
-    tokens = steps * batch_size * seq_len
-    pushed = prefix if advanced_stacks is None else prefix[len(prefix) - advanced_stacks :]
-    cached = cached_batches is not None
-
-    def forward(stacks: Sequence[StackDims]) -> int:
-        return sum(block.forward(seq_len) for stack in stacks for block in stack.blocks)
-
-    head_passes = 2 + int(train_head or (tie_embeddings and train_embed))  # forward, inputs, and the matrix itself
-    predictions = steps * batch_size * (seq_len if predicted is None else predicted)
-    parts = {
-        "prefix_forward": 0 if cached else tokens * forward(prefix),
-        "cache_fill": cached_batches * batch_size * seq_len * forward(pushed) if cached_batches is not None else 0,
-        "window_forward": tokens * sum(block.forward(seq_len) for block in window),
-        "recompute": tokens * sum(block.recompute(seq_len) for block in window) if remat else 0,
-        "backward_inputs": tokens * sum(block.backward_inputs(seq_len) for block in window),
-        "backward_weights": tokens * sum(block.backward_weights() for block in learning),
-        "head": head_passes * predictions * head_forward_flops(d_model, vocab_size),
-    }
+    parts = {name: steps * flops for name, flops in step_flops(step).items() if name != "total"}
+    parts["cache_fill"] = 0
+    if cached_batches is not None:
+        prefix = step.path[: step.first_learning]
+        pushed = prefix if advanced_stacks is None else prefix[len(prefix) - advanced_stacks :]
+        tokens = cached_batches * step.batch_size * step.seq_len
+        parts |= {"prefix_forward": 0, "cache_fill": tokens * sum(stack.forward(step.seq_len) for stack in pushed)}
     return parts | {"total": sum(parts.values())}

@@ -26,6 +26,7 @@ from stackwise_jax.model.functional import (
     run_stacks,
     stack_name,
 )
+from stackwise_jax.model.growth import can_copy, zero_outputs
 from stackwise_jax.model.partition import combine, split_fixed
 from stackwise_jax.model.presets import PRESETS, resolve_attention
 from stackwise_jax.model.rack import Rack
@@ -47,6 +48,7 @@ __all__ = [
     "Params",
     "Rack",
     "Stack",
+    "can_copy",
     "combine",
     "concat_blocks",
     "create_block_spec",
@@ -81,4 +83,5 @@ __all__ = [
     "split_fixed",
     "split_params",
     "stack_name",
+    "zero_outputs",
 ]

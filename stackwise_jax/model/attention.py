@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from stackwise_jax.kernels.attention.api import attention
-from stackwise_jax.model.linear import RESIDUAL_GAIN, init_kernel, linear
+from stackwise_jax.model.linear import RESIDUAL_GAIN, init_kernel, project
 from stackwise_jax.model.rope import rope
 from stackwise_jax.model.spec import Params, dtype_of
 
@@ -41,13 +41,17 @@ def self_attention(
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     causal: bool,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Every position looks at its own segment; with `causal` only at rows of the sequence up to its own."""
-    q_BTHd, k_BTKd, v_BTKd = _project(block, params, x_BTD, positions_BT)
+    """Every position looks at its own segment; with `causal` only at rows of the sequence up to its own.
+
+    dropout_key is for the adapters' own dropout; see linear.
+    """
+    q_BTHd, k_BTKd, v_BTKd = _heads(block, params, x_BTD, positions_BT, dropout_key)
     o_BTHd = attention(
         q_BTHd, k_BTKd, v_BTKd, causal=causal, q_segment_ids_BT=segment_ids_BT, kv_segment_ids_BS=segment_ids_BT
     )
-    return _merge_heads(block, params, o_BTHd)
+    return _merge_heads(block, params, o_BTHd, dropout_key)
 
 
 def init_attention_cache(block: Block, batch: int, max_len: int, dtype: Any) -> Params:
@@ -64,7 +68,7 @@ def cached_attention(
     Keys and values of the new positions are written first. Everything up to a query's own position must have been
     written before or now; what lies beyond it is not looked at.
     """
-    q_BSHd, k_BSKd, v_BSKd = _project(block, params, x_BSD, positions_BS)
+    q_BSHd, k_BSKd, v_BSKd = _heads(block, params, x_BSD, positions_BS)
     rows_B1 = jnp.arange(x_BSD.shape[0])[:, None]
     cache = {
         "k": cache["k"].at[rows_B1, positions_BS].set(k_BSKd.astype(cache["k"].dtype)),
@@ -77,17 +81,19 @@ def cached_attention(
     return _merge_heads(block, params, o_BSHd), cache
 
 
-def _project(block: Block, params: Params, x_BTD: jax.Array, positions_BT: jax.Array):
-    dtype, (B, T, _) = dtype_of(block.compute_dtype), x_BTD.shape
-    q_BTHd = linear(x_BTD, params["q"]["kernel"], dtype).reshape(B, T, block.n_heads, block.head_dim)
-    k_BTKd = linear(x_BTD, params["k"]["kernel"], dtype).reshape(B, T, block.kv_heads, block.head_dim)
-    v_BTKd = linear(x_BTD, params["v"]["kernel"], dtype).reshape(B, T, block.kv_heads, block.head_dim)
+def _heads(
+    block: Block, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, dropout_key: jax.Array | None = None
+):
+    B, T, _ = x_BTD.shape
+    q_BTHd = project(block, params, "q", x_BTD, dropout_key).reshape(B, T, block.n_heads, block.head_dim)
+    k_BTKd = project(block, params, "k", x_BTD, dropout_key).reshape(B, T, block.kv_heads, block.head_dim)
+    v_BTKd = project(block, params, "v", x_BTD, dropout_key).reshape(B, T, block.kv_heads, block.head_dim)
     if block.use_rope:
         q_BTHd = rope(q_BTHd, positions_BT, block.rope_theta)
         k_BTKd = rope(k_BTKd, positions_BT, block.rope_theta)
     return q_BTHd, k_BTKd, v_BTKd
 
 
-def _merge_heads(block: Block, params: Params, o_BTHd: jax.Array) -> jax.Array:
+def _merge_heads(block: Block, params: Params, o_BTHd: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     B, T = o_BTHd.shape[:2]
-    return linear(o_BTHd.reshape(B, T, block.d_model), params["o"]["kernel"], dtype_of(block.compute_dtype))
+    return project(block, params, "o", o_BTHd.reshape(B, T, block.d_model), dropout_key)

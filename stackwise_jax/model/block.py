@@ -5,6 +5,7 @@ Legend: B batch, T sequence, S new positions while decoding, D d_model.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from stackwise_jax.model.attention import cached_attention, init_attention, init_attention_cache, self_attention
 from stackwise_jax.model.mlp import init_mlp, mlp
 from stackwise_jax.model.norm import init_norm, rms_norm
-from stackwise_jax.model.spec import Params, count, dtype_of, module_params, require
+from stackwise_jax.model.spec import Params, count, dtype_of, module_params, require, unbound
 
 ATTENTION_MODES = ("bidirectional", "causal")
 
@@ -29,10 +30,12 @@ class Block(nn.Module):
     what learns.
 
     The residual stream and the matrices work in `compute_dtype`; norms, softmax and RoPE angles in float32. Dropout is
-    on the two branches, just before they are added.
+    on the two branches, just before they are added. Two options for deep or long training: `residual_gain` multiplies
+    both branches (x + gain * branch), `spectral_norm` bounds the largest singular value that each matrix acts with,
+    to a few percent (linear.bound_kernel); it bounds the weights alone, adapters are added to the bounded product.
 
     Parameters: {"attn_norm": {"scale"}, "attn": {"q", "k", "v", "o"}, "mlp_norm": {"scale"}, "mlp": {"gate", "up",
-    "down"}}, each matrix {"kernel": (in, out)}.
+    "down"}}, each matrix {"kernel": (in, out)}, and "adapters" next to it where there are some (see linear.linear).
 
     Raises:
         UsageError: a field is impossible; the sentence names the key.
@@ -48,6 +51,8 @@ class Block(nn.Module):
     use_rope: bool = True
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    residual_gain: float = 1.0
+    spectral_norm: float = 0.0  # 0: no bound
     param_dtype: str = "fp32"
     compute_dtype: str = "fp32"
 
@@ -76,6 +81,11 @@ class Block(nn.Module):
         )
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; write a positive number")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; write a share from 0 to below 1")
+        require(self.residual_gain > 0, f"model.residual_gain is {self.residual_gain}; write a number above 0")
+        require(
+            self.spectral_norm >= 0,
+            f"model.spectral_norm is {self.spectral_norm}; write a bound above 0, or 0 for none",
+        )
         check_mode(self.attention_mode)
         for dtype in (self.param_dtype, self.compute_dtype):
             dtype_of(dtype)
@@ -114,7 +124,7 @@ class Block(nn.Module):
     def parameter_count(self, trainable_only: bool = False) -> int:
         """Numbers in the block; with `trainable_only` without a frozen up-projection. Nothing is allocated."""
         fixed = self.d_model * self.d_ff if trainable_only and self.freeze_up_proj else 0
-        return count(self.init_params) - fixed
+        return _size(unbound(self)) - fixed
 
     def __call__(
         self,
@@ -128,18 +138,26 @@ class Block(nn.Module):
 
         positions_BT (for RoPE) default to 0..T-1. Positions of different segment_ids do not see each other, and nobody
         sees 0 (padding). Causality is by index within the row, whatever the positions say. attention_mode overrides the
-        block's own. dropout_key None: no dropout.
+        block's own. dropout_key None: no dropout, neither the block's nor that of adapters.
         """
         params = module_params(self, self.init_params)
         mode = check_mode(attention_mode or self.attention_mode)
         if positions_BT is None:
             positions_BT = jnp.arange(x_BTD.shape[1])[None]
+        adapter_key = None if dropout_key is None else jax.random.fold_in(dropout_key, 2)
         x_BTD = x_BTD.astype(dtype_of(self.compute_dtype))
-        normed_BTD = rms_norm(x_BTD, params["attn_norm"], self.norm_eps)
-        branch_BTD = self_attention(self, params["attn"], normed_BTD, positions_BT, segment_ids_BT, mode == "causal")
-        x_BTD = x_BTD + self._drop(branch_BTD, dropout_key, 0)
-        branch_BTD = mlp(self, params["mlp"], rms_norm(x_BTD, params["mlp_norm"], self.norm_eps))
-        return x_BTD + self._drop(branch_BTD, dropout_key, 1)
+        branch_BTD = self_attention(
+            self,
+            params["attn"],
+            rms_norm(x_BTD, params["attn_norm"], self.norm_eps),
+            positions_BT,
+            segment_ids_BT,
+            mode == "causal",
+            adapter_key,
+        )
+        x_BTD = self._add(x_BTD, self._drop(branch_BTD, dropout_key, 0))
+        branch_BTD = mlp(self, params["mlp"], rms_norm(x_BTD, params["mlp_norm"], self.norm_eps), adapter_key)
+        return self._add(x_BTD, self._drop(branch_BTD, dropout_key, 1))
 
     def decode(self, x_BSD: jax.Array, positions_BS: jax.Array, cache: Params) -> tuple[jax.Array, Params]:
         """S new positions, causally, over what the cache holds: (y_BSD, cache); positions are indices into it."""
@@ -147,8 +165,13 @@ class Block(nn.Module):
         x_BSD = x_BSD.astype(dtype_of(self.compute_dtype))
         normed_BSD = rms_norm(x_BSD, params["attn_norm"], self.norm_eps)
         branch_BSD, cache = cached_attention(self, params["attn"], normed_BSD, positions_BS, cache)
-        x_BSD = x_BSD + branch_BSD
-        return x_BSD + mlp(self, params["mlp"], rms_norm(x_BSD, params["mlp_norm"], self.norm_eps)), cache
+        x_BSD = self._add(x_BSD, branch_BSD)
+        branch_BSD = mlp(self, params["mlp"], rms_norm(x_BSD, params["mlp_norm"], self.norm_eps))
+        return self._add(x_BSD, branch_BSD), cache
+
+    @nn.nowrap
+    def _add(self, x_BTD: jax.Array, branch_BTD: jax.Array) -> jax.Array:
+        return x_BTD + (branch_BTD if self.residual_gain == 1.0 else self.residual_gain * branch_BTD)
 
     @nn.nowrap
     def _drop(self, x_BTD: jax.Array, key: jax.Array | None, place: int) -> jax.Array:
@@ -169,3 +192,8 @@ def check_mode(mode: str) -> str:
         f"attention mode '{mode}' is unknown (model.attention_mode); write one of {[*ATTENTION_MODES]}",
     )
     return mode
+
+
+@functools.cache
+def _size(block: Block) -> int:
+    return count(block.init_params)

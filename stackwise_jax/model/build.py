@@ -34,6 +34,8 @@ def create_block_spec(
     use_rope: bool = True,
     rope_theta: float = 10_000.0,
     norm_eps: float = 1e-6,
+    residual_gain: float = 1.0,
+    spectral_norm: float = 0.0,
     param_dtype: str = "fp32",
     compute_dtype: str = "fp32",
 ) -> dict[str, Any]:
@@ -69,6 +71,8 @@ def create_block_spec(
         "use_rope": use_rope,
         "rope_theta": rope_theta,
         "norm_eps": norm_eps,
+        "residual_gain": residual_gain,
+        "spectral_norm": spectral_norm,
         "param_dtype": param_dtype,
         "compute_dtype": compute_dtype,
     }
@@ -104,6 +108,7 @@ def create_simple_rack(
     *,
     tie_embeddings: bool = True,
     init_std: float = 0.02,
+    time_embedding: str = "none",
     remat: bool = False,
     **block: Any,
 ) -> Rack:
@@ -119,7 +124,7 @@ def create_simple_rack(
     )
     spec = create_block_spec(d_model, d_ff, n_heads, n_kv_heads, **block)
     stacks = tuple(create_stack_from_spec(i, blocks_per_stack, spec, remat=remat) for i in range(n_stacks))
-    return _rack(stacks, vocab_size, tie_embeddings, init_std)
+    return _rack(stacks, vocab_size, tie_embeddings, init_std, time_embedding)
 
 
 def create_rack_from_specs(
@@ -128,6 +133,7 @@ def create_rack_from_specs(
     stack_specs: Sequence[Mapping[str, Any]],
     tie_embeddings: bool = True,
     init_std: float = 0.02,
+    time_embedding: str = "none",
 ) -> Rack:
     """A rack of stacks that may differ: each spec holds the arguments of create_stack_from_spec.
 
@@ -151,14 +157,15 @@ def create_rack_from_specs(
         stacks[0].blocks[0].d_model == d_model,
         f"stack 0 has d_model {stacks[0].blocks[0].d_model} in a rack of {d_model}; make them equal",
     )
-    return _rack(tuple(stacks), vocab_size, tie_embeddings, init_std)
+    return _rack(tuple(stacks), vocab_size, tie_embeddings, init_std, time_embedding)
 
 
 def create_rack_from_config(config: StackWiseConfig | Mapping[str, Any], vocab_size: int | None = None) -> Rack:
     """The rack that a configuration (or its dict form, all sections or only `model`) describes.
 
     `vocab_size` is the tokenizer's own. Where model.vocab_size is not given, the rack's is the tokenizer's, padded up
-    to a multiple of model.vocab_multiple.
+    to a multiple of model.vocab_multiple. model.time_embedding counts under objective.time input; otherwise the rack
+    has none.
 
     Raises:
         UsageError: an unknown key or impossible value, no vocabulary size at all, or one smaller than the tokenizer's.
@@ -178,6 +185,8 @@ def create_rack_from_config(config: StackWiseConfig | Mapping[str, Any], vocab_s
         use_rope=model.use_rope,
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
+        residual_gain=model.residual_gain,
+        spectral_norm=model.spectral_norm,
         param_dtype=model.param_dtype,
         compute_dtype=model.compute_dtype,
     )
@@ -187,7 +196,8 @@ def create_rack_from_config(config: StackWiseConfig | Mapping[str, Any], vocab_s
         create_stack_from_spec(i, depth.blocks_per_stack, spec, remat=model.remat) for i in range(depth.n_stacks)
     )
     rack_vocab = padded_vocab(model.vocab_size, vocab_size, model.vocab_multiple)
-    return _rack(stacks, rack_vocab, model.tie_embeddings, model.init_std)
+    time_embedding = model.time_embedding if config.objective.time == "input" else "none"
+    return _rack(stacks, rack_vocab, model.tie_embeddings, model.init_std, time_embedding)
 
 
 def padded_vocab(given: int | None, tokenizer_size: int | None, multiple: int) -> int:
@@ -216,7 +226,9 @@ def _block(spec: Mapping[str, Any]) -> Block:
     return Block(**spec, parent=None)
 
 
-def _rack(stacks: tuple[Stack, ...], vocab_size: int, tie_embeddings: bool, init_std: float) -> Rack:
+def _rack(
+    stacks: tuple[Stack, ...], vocab_size: int, tie_embeddings: bool, init_std: float, time_embedding: str
+) -> Rack:
     """A rack whose final norm and ends work as the first block does."""
     block = stacks[0].blocks[0]
     return Rack(
@@ -228,6 +240,7 @@ def _rack(stacks: tuple[Stack, ...], vocab_size: int, tie_embeddings: bool, init
         init_std=init_std,
         param_dtype=block.param_dtype,
         compute_dtype=block.compute_dtype,
+        time_embedding=time_embedding,
         parent=None,
     )
 

@@ -29,7 +29,7 @@ def rack_to_dict(rack: Rack) -> dict[str, Any]:
 
 
 def rack_from_dict(given: dict[str, Any]) -> Rack:
-    """The rack that `rack_to_dict` described.
+    """The rack that `rack_to_dict` described; fields that the data lacks have their defaults.
 
     Raises:
         KeyError, TypeError, UsageError: the data describes no rack.

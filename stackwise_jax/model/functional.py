@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from stackwise_jax.model.norm import init_norm, rms_norm
 from stackwise_jax.model.spec import Params, call, dtype_of, require
 from stackwise_jax.model.stack import Stack
+from stackwise_jax.model.time import check_time, embed_time, init_time
 
 if TYPE_CHECKING:
     from stackwise_jax.model.rack import Rack
@@ -32,10 +33,12 @@ def init_embed(rack: Rack, key: jax.Array) -> Params:
     """{"embedding": (V, D)}, normal with standard deviation init_std * sqrt(D), or init_std when the head is tied.
 
     The larger one keeps the embedding above what the first blocks add to it, and learns clearly faster; as a head it
-    would start with large logits. All init functions take the run's root key.
+    would start with large logits. A rack with a time embedding has its parameters under "time" (time.init_time). All
+    init functions take the run's root key.
     """
     std = rack.init_std * (1.0 if rack.tie_embeddings else rack.d_model**0.5)
-    return {"embedding": _normal(rack, jax.random.fold_in(key, EMBED), (rack.vocab_size, rack.d_model), std)}
+    params = {"embedding": _normal(rack, jax.random.fold_in(key, EMBED), (rack.vocab_size, rack.d_model), std)}
+    return params if rack.time_embedding == "none" else params | {"time": init_time(rack)}
 
 
 def init_head(rack: Rack, key: jax.Array) -> Params:
@@ -66,9 +69,22 @@ def init_rack(rack: Rack, key: jax.Array) -> Params:
     return {"embed": init_embed(rack, key), "stacks": stacks, "head": init_head(rack, key)}
 
 
-def embed_tokens(rack: Rack, embed_params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """Rows of the embedding, in the compute dtype: (B, T) -> (B, T, D)."""
-    return embed_params["embedding"][tokens_BT].astype(dtype_of(rack.compute_dtype))
+def embed_tokens(
+    rack: Rack, embed_params: Params, tokens_BT: jax.Array, hidden_B: jax.Array | None = None
+) -> jax.Array:
+    """Rows of the embedding, in the compute dtype: (B, T) -> (B, T, D).
+
+    hidden_B: the share of each sequence's tokens that is hidden, 0 to 1. A rack with a time embedding adds its vector
+    at every position (model/time.py); any other rack takes none.
+
+    Raises:
+        UsageError: hidden_B is missing, or given to a rack without time embedding, or not one number per sequence.
+    """
+    check_time(rack, hidden_B, tokens_BT.shape[0])
+    x_BTD = embed_params["embedding"][tokens_BT].astype(dtype_of(rack.compute_dtype))
+    if hidden_B is None:
+        return x_BTD
+    return x_BTD + embed_time(rack, embed_params["time"], hidden_B)[:, None]
 
 
 def run_stacks(
@@ -136,8 +152,12 @@ def decode(
     caches: list[Params],
     depth: int | None = None,
 ) -> tuple[jax.Array, list[Params]]:
-    """Logits (B, S, V) float32 of S new tokens at these indices of the cache, and the caches that hold them too."""
-    x_BSD, new_caches = embed_tokens(rack, params["embed"], tokens_BS), []
+    """Logits (B, S, V) float32 of S new tokens at these indices of the cache, and the caches that hold them too.
+
+    A time embedding is told that nothing is hidden: what is decoded is the text itself.
+    """
+    hidden_B = None if rack.time_embedding == "none" else jnp.zeros(tokens_BS.shape[0], jnp.float32)
+    x_BSD, new_caches = embed_tokens(rack, params["embed"], tokens_BS, hidden_B), []
     for i, stack in enumerate(path(rack, depth)):
         x_BSD, cache = call(stack, params["stacks"][stack_name(i)], x_BSD, positions_BS, caches[i], method="decode")
         new_caches.append(cache)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from stackwise_jax.model.linear import RESIDUAL_GAIN, init_kernel, linear
+from stackwise_jax.model.linear import RESIDUAL_GAIN, init_kernel, project
 from stackwise_jax.model.spec import Params, dtype_of
 
 if TYPE_CHECKING:
@@ -27,9 +27,8 @@ def init_mlp(block: Block, key: jax.Array) -> Params:
     }
 
 
-def mlp(block: Block, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """down(silu(gate(x)) * up(x)) in the compute dtype."""
-    dtype = dtype_of(block.compute_dtype)
-    gate_BTF = linear(x_BTD, params["gate"]["kernel"], dtype)
-    up_BTF = linear(x_BTD, params["up"]["kernel"], dtype)
-    return linear(jax.nn.silu(gate_BTF) * up_BTF, params["down"]["kernel"], dtype)
+def mlp(block: Block, params: Params, x_BTD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    """down(silu(gate(x)) * up(x)) in the compute dtype; dropout_key is for the adapters' own dropout, see linear."""
+    gate_BTF = project(block, params, "gate", x_BTD, dropout_key)
+    up_BTF = project(block, params, "up", x_BTD, dropout_key)
+    return project(block, params, "down", jax.nn.silu(gate_BTF) * up_BTF, dropout_key)

@@ -1,6 +1,6 @@
 """A rack: embedding, stacks, final norm, head. The whole model.
 
-Legend: B batch, T sequence, V vocabulary (padded).
+Legend: B batch, T sequence, D d_model, V vocabulary (padded).
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import jax
 from stackwise_jax.model import functional
 from stackwise_jax.model.spec import Params, count, dtype_of, module_params, require, unbound
 from stackwise_jax.model.stack import Stack
+from stackwise_jax.model.time import TIME_EMBEDDINGS
 
 
 class Rack(nn.Module):
     """The model. A stack's id within the rack is its place, from 0 at the input.
 
     Parameters: {"embed": {"embedding": (V, D)}, "stacks": {"000": tree of the first stack, ...}, "head": {"norm":
-    {"scale": (D,)}, "kernel": (D, V)}}; no "kernel" when tied.
+    {"scale": (D,)}, "kernel": (D, V)}}; no "kernel" when tied. With a time embedding "embed" also holds "time", see
+    model/time.py.
 
     Raises:
-        UsageError: no stacks, a stack of another width, or an empty vocabulary.
+        UsageError: no stacks, a stack of another width, an empty vocabulary, or an unknown dtype or time embedding.
     """
 
     stacks: tuple[Stack, ...]
@@ -31,6 +33,7 @@ class Rack(nn.Module):
     init_std: float = 0.02  # of the head; the embedding follows it, see functional.init_embed
     param_dtype: str = "fp32"
     compute_dtype: str = "fp32"
+    time_embedding: str = "none"  # or sinusoidal or learned: how the hidden share of a sequence enters at the input
 
     def __post_init__(self):
         object.__setattr__(self, "stacks", tuple(self.stacks))
@@ -43,6 +46,11 @@ class Rack(nn.Module):
             )
         for dtype in (self.param_dtype, self.compute_dtype):
             dtype_of(dtype)
+        require(
+            self.time_embedding in TIME_EMBEDDINGS,
+            f"time embedding '{self.time_embedding}' is unknown (model.time_embedding); write one of "
+            f"{[*TIME_EMBEDDINGS]}",
+        )
         super().__post_init__()
 
     @nn.nowrap
@@ -67,18 +75,21 @@ class Rack(nn.Module):
         attention_mode: str | None = None,
         depth: int | None = None,
         dropout_key: jax.Array | None = None,
+        hidden_B: jax.Array | None = None,
     ) -> jax.Array:
         """Logits (B, T, V) float32 after the first `depth` stacks (None: all); other arguments as in Block.
 
+        hidden_B: what a rack with a time embedding needs, and no other takes; see functional.embed_tokens.
+
         Raises:
-            UsageError: the rack has fewer stacks than `depth`.
+            UsageError: the rack has fewer stacks than `depth`, or hidden_B is missing or not wanted.
         """
         params, rack = module_params(self, self.init_params), unbound(self)
         stacks = functional.path(rack, depth)
         x_BTD = functional.run_stacks(
             stacks,
             [params["stacks"][functional.stack_name(i)] for i in range(len(stacks))],
-            functional.embed_tokens(rack, params["embed"], tokens_BT),
+            functional.embed_tokens(rack, params["embed"], tokens_BT, hidden_B),
             positions_BT=positions_BT,
             segment_ids_BT=segment_ids_BT,
             attention_mode=attention_mode,

@@ -91,23 +91,25 @@ def regroup(rack: Rack, sizes: Sequence[int]) -> Rack:
 
 def regroup_params(rack: Rack, params: Params, sizes: Sequence[int]) -> Params:
     """The parameters of `rack` as those of `regroup(rack, sizes)`, which is bitwise the same model."""
-    trees = [tree for i, stack in enumerate(rack.stacks) for tree in _unstack(stack, params["stacks"][stack_name(i)])]
+    trees = [tree for i, stack in enumerate(rack.stacks) for tree in unstack_blocks(stack, params["stacks"][stack_name(i)])]
     stacks, start = {}, 0
     for index, stack in enumerate(regroup(rack, sizes).stacks):
         size = len(stack.blocks)
-        stacks[stack_name(index)] = _stack(stack, trees[start : start + size])
+        stacks[stack_name(index)] = stack_blocks(stack, trees[start : start + size])
         start += size
     return {**params, "stacks": stacks}
 
 
-def _unstack(stack: Stack, params: Params) -> list[Params]:
+def unstack_blocks(stack: Stack, params: Params) -> list[Params]:
+    """The tree of each block of a stack, from the stack's tree (its weights, its adapters, or both)."""
     count = len(stack.blocks)
     if stack.block_alike:
         return [jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(count)]
     return [params[block_name(i)] for i in range(count)]
 
 
-def _stack(stack: Stack, trees: list[Params]) -> Params:
+def stack_blocks(stack: Stack, trees: Sequence[Params]) -> Params:
+    """The way back from `unstack_blocks`."""
     if stack.block_alike:
         return {"blocks": jax.tree.map(lambda *leaves: _library(leaves).stack(leaves), *trees)}
     return {block_name(i): tree for i, tree in enumerate(trees)}

@@ -37,8 +37,10 @@ class Batch(NamedTuple):
     inputs_BT, targets_BT: int32 token ids.
     weights_BT: float32, the weight of each position's negative log-likelihood; 0: the position is not predicted.
     counts_BT: float32, the tokens that the mean is taken over. Equal to the weights (0 or 1) for clm, mlm and diffusion
-        over a range; 1 on every real token for the diffusion bound (elbo).
+        at a share or over a range; 1 on every real token for the diffusion bound (elbo).
     positions_BT, segment_ids_BT: int32, as in Examples.
+    hidden_B: float32, the share of each sequence's real tokens that is hidden (mlm: chosen), 0 for clm: the input of a
+        time embedding.
     """
 
     inputs_BT: jax.Array
@@ -47,6 +49,7 @@ class Batch(NamedTuple):
     counts_BT: jax.Array
     positions_BT: jax.Array
     segment_ids_BT: jax.Array
+    hidden_B: jax.Array
 
 
 @dataclass(frozen=True)

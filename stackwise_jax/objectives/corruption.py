@@ -37,7 +37,7 @@ def example_keys(seed_key: jax.Array, example_ids_B: Array, visit: int | jax.Arr
 
 def max_targets(objective: Objective, noise: Noise, seq_len: int) -> int:
     """The most positions with weight that a sequence of `seq_len` tokens can have; seq_len for clm."""
-    if objective.kind == "clm" or noise.kind in ("none", "elbo"):
+    if objective.kind == "clm":
         return seq_len
     share = noise.low if noise.kind == "fixed" else noise.high
     return min(seq_len, max(1, math.ceil(share * seq_len)))
@@ -49,7 +49,8 @@ def make_batch(objective: Objective, noise: Noise, examples: Examples, keys_B: j
     clm: the input is the text, the target the next token of the same document. mlm and diffusion: `noise` says how many
     of a row's real tokens are chosen (at least one), which are drawn without replacement, the documents of a packed row
     taken as one sequence; mlm hides 80 % of them, replaces 10 % by a random ordinary token and keeps 10 %; diffusion
-    hides all. A row of nothing but padding has no targets.
+    hides all. A row of nothing but padding has no targets, and under noise elbo neither has a row so short that no
+    number of its tokens lies within the interval.
 
     keys_B: from `example_keys`; not used by clm.
     """
@@ -58,25 +59,36 @@ def make_batch(objective: Objective, noise: Noise, examples: Examples, keys_B: j
         inputs_BT = tokens_BT
         targets_BT, weights_BT = _next_tokens(tokens_BT, segment_ids_BT, vocab)
         counts_BT = weights_BT
+        hidden_B = jnp.zeros(tokens_BT.shape[0], jnp.float32)
     else:
-        inputs_BT, weights_BT = jax.vmap(partial(_corrupt, objective, noise, vocab))(keys_B, tokens_BT, segment_ids_BT)
+        inputs_BT, weights_BT, hidden_B = jax.vmap(partial(_corrupt, objective, noise, vocab))(
+            keys_B, tokens_BT, segment_ids_BT
+        )
         targets_BT = tokens_BT
         counts_BT = (segment_ids_BT != 0).astype(jnp.float32) if noise.kind == "elbo" else weights_BT
-    return Batch(inputs_BT, targets_BT, weights_BT, counts_BT, jnp.asarray(examples.positions_BT), segment_ids_BT)
+    positions_BT = jnp.asarray(examples.positions_BT)
+    return Batch(inputs_BT, targets_BT, weights_BT, counts_BT, positions_BT, segment_ids_BT, hidden_B)
 
 
 def hidden_count(noise: Noise, u: jax.Array, n_real: jax.Array) -> jax.Array:
-    """How many of n_real tokens are chosen when u was drawn from U(0, 1): int32 in 1..n_real, 0 where n_real is 0."""
-    total = n_real.astype(jnp.float32)
+    """How many of n_real tokens are chosen when u was drawn from U(0, 1): int32.
+
+    In 1..n_real, or for an interval of the bound in low * n_real < n <= high * n_real, where n follows the schedule's
+    probabilities given that it lies there. 0 where there is no such number.
+    """
+    total, first, last = n_real.astype(jnp.float32), jnp.zeros_like(n_real), n_real
     if noise.kind == "fixed":
         n = jnp.round(noise.low * total)
     elif noise.kind == "range":
         n = jnp.round((noise.low + (noise.high - noise.low) * SCHEDULES[noise.schedule].share(u)) * total)
     elif noise.kind == "elbo":
+        if not _is_whole(noise):
+            first, last = _counts_within(noise, n_real)
+            u = _mass(noise, jnp.zeros_like(first), first, n_real) + _mass(noise, first, last, n_real) * u
         n = jnp.ceil(SCHEDULES[noise.schedule].share(u) * total)
     else:
         raise ValueError(f"noise {noise.kind} hides nothing")
-    return jnp.minimum(jnp.maximum(n.astype(jnp.int32), 1), n_real)
+    return jnp.where(first < last, jnp.minimum(jnp.maximum(n.astype(jnp.int32), first + 1), last), 0)
 
 
 def hidden_weight(noise: Noise, n: jax.Array, n_real: jax.Array) -> jax.Array:
@@ -85,12 +97,35 @@ def hidden_weight(noise: Noise, n: jax.Array, n_real: jax.Array) -> jax.Array:
     For an order-agnostic model E[sum over hidden of nll / (n P(n))], over n ~ P and a uniform choice of n tokens, is
     the mean over all orders of sum_i nll(x_i | those before it), which bounds -log p(x) from above, whatever P is, as
     long as it is positive on 1..n_real (Uria et al. 2014; Ou et al. 2024). Linear schedule: n_real / n, the 1/t weight.
+
+    Over an interval of shares P is the schedule's given that n lies in it. The expectation is then the part of that sum
+    that the counts of the interval contribute, so intervals that cover (0, 1] add up to the bound exactly.
     """
     if noise.kind != "elbo":
         return jnp.ones_like(n, dtype=jnp.float32)
-    # A row of nothing but padding chooses no token; its weight only has to be finite.
-    n_f32, total_f32 = jnp.maximum(n, 1).astype(jnp.float32), jnp.maximum(n_real, 1).astype(jnp.float32)
-    return 1.0 / (n_f32 * SCHEDULES[noise.schedule].mass(n_f32, total_f32))
+    n = jnp.maximum(n, 1)  # where nothing is chosen the weight only has to be finite
+    p_interval = 1.0 if _is_whole(noise) else _mass(noise, *_counts_within(noise, n_real), n_real)
+    return p_interval / (n.astype(jnp.float32) * _mass(noise, n - 1, n, n_real))
+
+
+def _is_whole(noise: Noise) -> bool:
+    return (noise.low, noise.high) == (0.0, 1.0)
+
+
+def _counts_within(noise: Noise, n_real: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(first, last), int32: the counts n of an interval of the bound are first < n <= last, maybe none.
+
+    One expression for both ends: where intervals touch, rounding moves the border of both alike.
+    """
+    total = n_real.astype(jnp.float32)
+    first, last = (jnp.floor(share * total).astype(jnp.int32) for share in (noise.low, noise.high))
+    return first, last
+
+
+def _mass(noise: Noise, first: jax.Array, last: jax.Array, n_real: jax.Array) -> jax.Array:
+    """P(first < n <= last) under the schedule; a row of nothing but padding counts as one token."""
+    numbers = (x.astype(jnp.float32) for x in (first, last, jnp.maximum(n_real, 1)))
+    return SCHEDULES[noise.schedule].mass(*numbers)
 
 
 def _next_tokens(tokens_BT: jax.Array, segment_ids_BT: jax.Array, vocab: Vocab) -> tuple[jax.Array, jax.Array]:
@@ -102,8 +137,8 @@ def _next_tokens(tokens_BT: jax.Array, segment_ids_BT: jax.Array, vocab: Vocab) 
 
 def _corrupt(
     objective: Objective, noise: Noise, vocab: Vocab, key: jax.Array, tokens_T: jax.Array, segment_ids_T: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Corrupted tokens and weights of one row, for the objectives that hide tokens."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Corrupted tokens, weights and chosen share of one row, for the objectives that hide tokens."""
     level_key, choice_key, replace_key = jax.random.split(key, 3)
     real_T = segment_ids_T != 0
     n_real = real_T.sum(dtype=jnp.int32)
@@ -116,7 +151,8 @@ def _corrupt(
     shown_T = jnp.full_like(tokens_T, vocab.mask_id)
     if objective.kind == "mlm":
         shown_T = _bert_replacement(replace_key, tokens_T, vocab)
-    return jnp.where(chosen_T, shown_T, tokens_T), weights_T
+    share = n.astype(jnp.float32) / jnp.maximum(n_real, 1).astype(jnp.float32)
+    return jnp.where(chosen_T, shown_T, tokens_T), weights_T, share
 
 
 def _bert_replacement(key: jax.Array, tokens_T: jax.Array, vocab: Vocab) -> jax.Array:

@@ -1,8 +1,8 @@
 """Noise schedules: how the hidden share of a sequence grows with u ~ U(0, 1), and how likely each count then is.
 
-A schedule is a map m from [0, 1] onto [0, 1], increasing. `mass` is m^-1(n/total) - m^-1((n-1)/total), the probability
-that ceil(m(u) * total) is n; it is written without the difference of two nearly equal numbers, so that it holds to
-float32 precision at any sequence length.
+A schedule is a map m from [0, 1] onto [0, 1], increasing. `mass` is m^-1(last/total) - m^-1(first/total), the
+probability that first < ceil(m(u) * total) <= last; it is written without the difference of two nearly equal numbers,
+so that it holds to float32 precision at any sequence length, also for a single count.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Schedule(Protocol):
         """m(u), the hidden share, float32 in 0..1."""
         ...
 
-    def mass(self, n: jax.Array, total: jax.Array) -> jax.Array:
-        """P(ceil(m(u) * total) = n), for whole numbers n in 1..total, all float32; sums to 1 over n."""
+    def mass(self, first: jax.Array, last: jax.Array, total: jax.Array) -> jax.Array:
+        """P(first < ceil(m(u) * total) <= last), for whole numbers 0 <= first <= last <= total >= 1, all float32."""
         ...
 
 
@@ -34,8 +34,8 @@ class Linear:
     def share(self, u: jax.Array) -> jax.Array:
         return u
 
-    def mass(self, n: jax.Array, total: jax.Array) -> jax.Array:
-        return jnp.ones_like(n) / total
+    def mass(self, first: jax.Array, last: jax.Array, total: jax.Array) -> jax.Array:
+        return (last - first) / total
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ class Cosine:
     def share(self, u: jax.Array) -> jax.Array:
         return 2.0 * jnp.square(jnp.sin(0.25 * math.pi * u))
 
-    def mass(self, n: jax.Array, total: jax.Array) -> jax.Array:
+    def mass(self, first: jax.Array, last: jax.Array, total: jax.Array) -> jax.Array:
         # m^-1(x) = 4/pi asin(sqrt(x/2)), and asin a - asin b = asin((a^2 - b^2) / (a sqrt(1-b^2) + b sqrt(1-a^2))).
-        a2, b2 = 0.5 * n / total, 0.5 * (n - 1) / total
-        apart = (0.5 / total) / (jnp.sqrt(a2 * (1.0 - b2)) + jnp.sqrt(b2 * (1.0 - a2)))
+        a2, b2 = 0.5 * last / total, 0.5 * first / total
+        below = jnp.sqrt(a2 * (1.0 - b2)) + jnp.sqrt(b2 * (1.0 - a2))
+        apart = (0.5 * (last - first) / total) / jnp.where(last > 0, below, 1.0)
         return 4.0 / math.pi * jnp.arcsin(apart)
 
 
@@ -65,9 +66,9 @@ class Exponential:
     def share(self, u: jax.Array) -> jax.Array:
         return jnp.expm1(self.k * u) / math.expm1(self.k)
 
-    def mass(self, n: jax.Array, total: jax.Array) -> jax.Array:
+    def mass(self, first: jax.Array, last: jax.Array, total: jax.Array) -> jax.Array:
         c = math.expm1(self.k)
-        return jnp.log1p(c / (total + c * (n - 1))) / self.k
+        return jnp.log1p(c * (last - first) / (total + c * first)) / self.k
 
 
 SCHEDULES: dict[NoiseSchedule, Schedule] = {"linear": Linear(), "cosine": Cosine(), "exponential": Exponential()}

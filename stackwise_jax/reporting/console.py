@@ -21,6 +21,8 @@ def _learners(phase: Phase) -> str:
     parts = ["embedding"] if phase.train_embed else []
     if phase.train:
         parts.append(f"stack{'s' * (len(phase.train) > 1)} {stack_ids(sorted(phase.train))}")
+    if phase.adapt:
+        parts.append(f"adapters of {stack_ids(sorted(phase.adapt))}")
     return ", ".join(parts + (["head"] if phase.train_head else []))
 
 

@@ -1,12 +1,17 @@
-"""The prompt as the samplers take it: a row padded to one of few lengths, so that prompts share compiled programs."""
+"""The prompt as the samplers take it: a row padded to one of few lengths, so that prompts share compiled programs.
+
+Legend: P prompt, R, T row with padding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from stackwise_jax.errors import UsageError
+from stackwise_jax.objectives.batch import Vocab
 
 MULTIPLE = 64  # rows are padded to a multiple of this many tokens
 
@@ -31,3 +36,33 @@ def padded_row(prompt_ids: Sequence[int] | np.ndarray, room: int, fill: int) -> 
     row_R = np.full(-(-(len(prompt_P) + room) // MULTIPLE) * MULTIPLE, fill, np.int32)
     row_R[: len(prompt_P)] = prompt_P
     return row_R, len(prompt_P)
+
+
+class MaskedRow(NamedTuple):
+    """A prompt and a block of masks behind it.
+
+    tokens_T: int32. masked_T: bool, the block; a mask token in the prompt is not part of it. segment_ids_1T: int32, 0
+    hides the padding, as in Examples. n_prompt, n_real: tokens of the prompt, and of prompt and block.
+    """
+
+    tokens_T: np.ndarray
+    masked_T: np.ndarray
+    segment_ids_1T: np.ndarray
+    n_prompt: int
+    n_real: int
+
+
+def masked_row(prompt_ids: Sequence[int] | np.ndarray, length: int, vocab: Vocab) -> MaskedRow:
+    """The row that a sampler fills: `length` masks behind the prompt, then padding.
+
+    Raises:
+        UsageError: the prompt has no token, or length is below 0.
+    """
+    if length < 0:
+        raise UsageError(f"max_tokens is {length}; write 0 or more")
+    tokens_T, n_prompt = padded_row(prompt_ids, room=length, fill=vocab.pad_id)
+    n_real = n_prompt + length
+    tokens_T[n_prompt:n_real] = vocab.mask_id
+    real_T = np.arange(len(tokens_T)) < n_real
+    masked_T = real_T & (np.arange(len(tokens_T)) >= n_prompt)
+    return MaskedRow(tokens_T, masked_T, real_T.astype(np.int32)[None], n_prompt, n_real)

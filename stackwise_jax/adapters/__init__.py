@@ -1,0 +1,5 @@
+"""LoRA adapters: trees of their own beside the weights of a stack."""
+
+from stackwise_jax.adapters.lora import adapter_count, init_adapter, merge_adapters, split_adapters
+
+__all__ = ["adapter_count", "init_adapter", "merge_adapters", "split_adapters"]

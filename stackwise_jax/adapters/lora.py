@@ -1,0 +1,134 @@
+"""LoRA adapters (Hu et al. 2021): x W becomes x W + alpha / rank * (x A) B, with B = 0 at birth.
+
+The adapter tree of a stack has the shape of the stack's own tree, with only the branches {"adapters": {name: {"a":
+(in, rank), "b": (rank, out), "scale": ()[, "dropout": ()]}}} next to the kernels that it adapts, so that
+`model.combine(weights, adapters)` is what the stack is applied with; several adapters are combined in the same way. `a`
+and `b` learn; `scale` (alpha / rank) and `dropout`, which is there only when above 0, do not. As in the weights, every
+leaf has a leading axis L (blocks) where the blocks of the stack are alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stackwise_jax.curriculum.phase import AdapterSpec, StackAdapter
+from stackwise_jax.errors import UsageError
+from stackwise_jax.model import Block, Params, Stack, dtype_of
+from stackwise_jax.model.linear import MATRICES
+from stackwise_jax.model.stack import block_name
+
+STREAMS = {"stack": 16, "trunk": 17}  # folded into a run's root key, as those of model.functional are
+LEARNS = ("a", "b")
+
+
+def init_adapter(stack: Stack, adapter: StackAdapter, first_block: int | jax.Array, key: jax.Array) -> Params:
+    """A new adapter: `a` normal with standard deviation 1 / sqrt(in), `b` zero, all in the stack's param_dtype.
+
+    Args:
+        first_block: index within the rack of the stack's first block; may be traced. The values of a block depend on
+            its index and the key only, however the blocks are grouped.
+        key: the run's root key; another one begins the adapter anew (ReLoRA).
+    """
+    key = jax.random.fold_in(key, STREAMS[adapter.name])
+    keys_L = jax.vmap(lambda i: jax.random.fold_in(key, i))(first_block + jnp.arange(len(stack.blocks)))
+    if stack.block_alike:
+        return {"blocks": _init_alike(stack.blocks[0], adapter.name, adapter.spec, keys_L)}
+    return {
+        block_name(i): _init_block(block, adapter.name, adapter.spec, keys_L[i]) for i, block in enumerate(stack.blocks)
+    }
+
+
+def _adapt_block(block: Block, name: str, spec: AdapterSpec, key: jax.Array) -> Params:
+    dtype = dtype_of(block.param_dtype)
+    tree: Params = {}
+    for i, (matrix, (n_in, n_out)) in enumerate(matrix_shapes(block).items()):
+        if matrix not in spec.targets:
+            continue
+        normal_IR = jax.random.normal(jax.random.fold_in(key, i), (n_in, spec.rank), jnp.float32)
+        leaves = {
+            "a": (normal_IR * n_in**-0.5).astype(dtype),
+            "b": jnp.zeros((spec.rank, n_out), dtype),
+            "scale": jnp.asarray(spec.alpha / spec.rank, dtype),
+        }
+        if spec.dropout > 0:
+            leaves["dropout"] = jnp.asarray(spec.dropout, dtype)
+        tree.setdefault(MATRICES[matrix], {})[matrix] = {"adapters": {name: leaves}}
+    return tree
+
+
+_init_block = jax.jit(_adapt_block, static_argnums=(0, 1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _init_alike(block: Block, name: str, spec: AdapterSpec, keys_L: jax.Array) -> Params:
+    # One block at a time: each is computed by the same program and so to the same bits, whatever L is.
+    return jax.lax.map(functools.partial(_adapt_block, block, name, spec), keys_L)
+
+
+@functools.cache
+def matrix_shapes(block: Block) -> dict[str, tuple[int, int]]:
+    """(in, out) of each matrix of a block, by name."""
+    tree = jax.eval_shape(lambda: block.init_params(jax.random.key(0)))
+    return {name: tree[part][name]["kernel"].shape for name, part in MATRICES.items()}
+
+
+def adapter_count(blocks: Sequence[Block], spec: AdapterSpec) -> int:
+    """Numbers of an adapter on these blocks that learn: the entries of a and b. Nothing is allocated."""
+    shapes = [matrix_shapes(block)[name] for block in blocks for name in spec.targets]
+    return spec.rank * sum(n_in + n_out for n_in, n_out in shapes)
+
+
+def split_adapters(tree: Params) -> tuple[Params, Params]:
+    """(learnable, fixed) of an adapter tree, or of any tree of its shape (shardings, say); absent branches dropped.
+
+    Learnable are `a` and `b`. `model.combine` puts the two together again.
+    """
+    learnable, fixed = {}, {}
+    for name, branch in tree.items():
+        if isinstance(branch, dict):
+            inner_learnable, inner_fixed = split_adapters(branch)
+            if inner_learnable:
+                learnable[name] = inner_learnable
+            if inner_fixed:
+                fixed[name] = inner_fixed
+        else:
+            (learnable if name in LEARNS else fixed)[name] = branch
+    return learnable, fixed
+
+
+def merge_adapters(stack_params: Params, adapter_tree: Params) -> Params:
+    """The weights of a stack with its adapters in them: kernel + scale * a @ b in float32, cast back.
+
+    Every kernel that has an adapter changes, a fixed up-projection too; branches without are passed on as they are.
+    With model.spectral_norm the merged kernel is bounded as a whole, before that it was without the adapter.
+
+    Raises:
+        UsageError: the adapters are not made for these weights.
+    """
+    merged: dict[str, Any] = dict(stack_params)
+    for name, branch in adapter_tree.items():
+        if name == "adapters":
+            for adapter in branch.values():
+                merged["kernel"] = _merge_kernel(merged.get("kernel"), adapter)
+        else:
+            merged[name] = merge_adapters(merged.get(name, {}), branch)
+    return merged
+
+
+def _merge_kernel(kernel_IO: Any, adapter: Params) -> jax.Array:
+    a_IR, b_RO = adapter["a"], adapter["b"]
+    shape = (*a_IR.shape[:-1], b_RO.shape[-1])
+    found = None if kernel_IO is None else kernel_IO.shape
+    if found != shape:
+        raise UsageError(
+            f"an adapter of a matrix of shape {shape} meets one of shape {found}; merge it into a stack like the one "
+            "that it was made for"
+        )
+    a_IR, b_RO, scale = (jnp.asarray(x, jnp.float32) for x in (a_IR, b_RO, adapter["scale"]))
+    update_IO = jnp.matmul(a_IR, b_RO, precision="highest") * scale[..., None, None]
+    return (jnp.asarray(kernel_IO, jnp.float32) + update_IO).astype(kernel_IO.dtype)

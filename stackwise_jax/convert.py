@@ -1,0 +1,63 @@
+"""A run's rack in another shape: `python -m stackwise_jax.convert RUN OUT [--merge_adapters] [--sizes 2,2] ...`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from stackwise_jax.config.schema import StackInit
+from stackwise_jax.errors import UsageError
+from stackwise_jax.reporting.command import add_common, run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stackwise_jax.convert",
+        description="Write the rack of a run as a new run directory: adapters merged, stacks removed, inserted, merged "
+        "or split. One stack at a time is in memory. RUN stays as it is.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    numbers = lambda text: tuple(int(number) for number in text.split(","))
+    numbers.__name__ = "list of whole numbers such as 0,2"  # what argparse calls it in an error
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument("out", metavar="OUT", help="the directory to write; must not exist")
+    parser.add_argument("--depth", type=int, help="the first K stacks; not given: all that were trained")
+    parser.add_argument("--merge_adapters", action="store_true", help="put the adapters into the weights")
+    parser.add_argument("--adapters", metavar="RUN", help="take the adapters of this run instead")
+    parser.add_argument("--remove", type=numbers, metavar="K,K", default=(), help="leave these stacks out")
+    parser.add_argument("--insert", type=numbers, metavar="P,P", default=(), help="new stacks before these places")
+    parser.add_argument("--init", choices=get_args(StackInit), default="zero", help="how inserted stacks begin")
+    parser.add_argument("--seed", type=int, default=0, help="of inserted stacks")
+    parser.add_argument("--sizes", type=numbers, metavar="N,N", default=(), help="blocks per stack in the end")
+    add_common(parser)
+    return parser
+
+
+def convert(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the command; returns the answer for --json."""
+    if not (args.merge_adapters or args.adapters or args.remove or args.insert or args.sizes or args.depth):
+        raise UsageError("nothing to do; add --merge_adapters, --adapters, --depth, --remove, --insert or --sizes")
+    from stackwise_jax.engine.convert import Changes, convert_run
+    from stackwise_jax.engine.source import Source
+
+    changes = Changes(
+        remove=args.remove, insert=args.insert, init=args.init, sizes=args.sizes, merge=args.merge_adapters
+    )
+    adapters = Source(args.adapters) if args.adapters else None
+    answer = convert_run(Source(args.run, depth=args.depth), Path(args.out), changes, adapters, args.seed)
+    blocks = " + ".join(map(str, answer["stacks"]))
+    print(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks, {len(answer['adapters'])} adapters")
+    return answer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(convert, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What happens between two phases: stacks and adapters come into being, adapters are merged, formats change, and
+optimizer state is handed on.
+
+What comes into being or changes here and does not learn is saved at once; it counts with the next record that is
+committed. A run that is killed before does it again, to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from stackwise_jax.adapters import merge_adapters
+from stackwise_jax.curriculum import Phase
+from stackwise_jax.engine.recorder import Recorder
+from stackwise_jax.engine.resident import Resident
+from stackwise_jax.engine.source import Source
+from stackwise_jax.engine.weights import (
+    Weights,
+    adapter_item,
+    item_format,
+    learning_items,
+    nearest_stack,
+    path_items,
+    stack_item,
+)
+
+_merge = jax.jit(merge_adapters)
+
+
+def open_phase(
+    weights: Weights, recorder: Recorder, phase: Phase, *, begins: bool, cached: bool, adapters: Source | None
+) -> None:
+    """Bring every item of the path into its format for this phase; grow those that do not exist.
+
+    A prefix whose output is cached waits in host memory: it is needed to fill the cache and to evaluate only.
+
+    Args:
+        begins: the phase is at its first step.
+        adapters: where adapters that do not exist are taken from, where it has them.
+    """
+    weights.declare(phase)
+    if begins and phase.merge_adapters:
+        for index in phase.path:
+            _merge_into_weights(weights, recorder, phase, index)
+    existing = [i for i in phase.path if stack_item(i) in weights.versions]
+    for index in phase.path:
+        if index not in existing:
+            _grow_stack(weights, recorder, phase, index, existing)
+    for adapter in phase.adapters:
+        item = adapter_item(adapter)
+        if item in weights.versions:
+            continue
+        if adapters is not None and item in adapters.versions:
+            recorder.keep(item, adapters.load(item, weights.shapes(item, weights.master)), phase.name)
+        else:
+            _grow(weights, recorder, phase, item)
+    waiting = {item for i in phase.prefix for item in weights.stack_items(i)} if cached else set()
+    for item in path_items(phase):
+        weights.ensure(item, item_format(phase, item, weights.master), on_host=item in waiting)
+
+
+def _grow_stack(weights: Weights, recorder: Recorder, phase: Phase, index: int, existing: Sequence[int]) -> None:
+    """A new stack; a copy is one of the nearest stack that was there before the phase, the earlier of two."""
+    nearest = nearest_stack(phase.path, existing, index)
+    source = None if nearest is None or phase.init != "copy" else stack_item(nearest)
+    _grow(weights, recorder, phase, stack_item(index), init=phase.init, source=source)
+
+
+def _grow(weights: Weights, recorder: Recorder, phase: Phase, item: str, **how: Any) -> None:
+    """A new item; what learns in the phase is saved with the rest of it."""
+    if item in learning_items(phase):
+        weights.grow(item, **how)
+    else:
+        recorder.grow(item, phase.name, **how)
+
+
+def _merge_into_weights(weights: Weights, recorder: Recorder, phase: Phase, index: int) -> None:
+    """Merge the adapters of one stack into its full-precision copy and make them anew."""
+    stack = stack_item(index)
+    there = [adapter for adapter in phase.adapters if adapter.stack == index]
+    there = [adapter for adapter in there if adapter_item(adapter) in weights.versions]
+    if not there:
+        return
+    for item in (stack, *map(adapter_item, there)):
+        weights.ensure(item, weights.master)
+    tree = weights.on_device(stack)
+    for adapter in there:
+        tree = _merge(tree, weights.on_device(adapter_item(adapter)))
+    recorder.keep(stack, tree, phase.name)
+    for adapter in there:
+        item = adapter_item(adapter)
+        recorder.grow(item, phase.name, again=weights.versions[item])
+    weights.drop(stack)
+
+
+def hand_over(executor: Resident, recorder: Recorder, phase: Phase) -> None:
+    """Let what learned in an earlier phase go on with the optimizer state that it had when that phase ended."""
+    found = {}
+    for item, fresh in executor.carried.items():
+        if phase.keep_optimizer and item in recorder.moments:
+            found[item] = recorder.load_moments(item, fresh)
+    if found:
+        executor.carry(found)
+
+
+def keep_moments(executor: Resident, recorder: Recorder, phases: Sequence[Phase], index: int, meta: dict) -> None:
+    """Save the optimizer state of what a later phase goes on with; forget what no later phase wants."""
+    for item, state in executor.carried.items():
+        if _goes_on(phases, index, item):
+            recorder.save_moments(item, state, meta)
+    recorder.moments = {item: v for item, v in recorder.moments.items() if _goes_on(phases, index, item)}
+
+
+def _goes_on(phases: Sequence[Phase], index: int, item: str) -> bool:
+    """Whether the next phase in which an item learns keeps its optimizer state."""
+    return next((later.keep_optimizer for later in phases[index + 1 :] if item in learning_items(later)), False)

@@ -1,0 +1,240 @@
+"""A run's rack in another shape, as a new run directory: regrouped, cut, grown, its adapters merged.
+
+One stack at a time passes through memory: at most the stack that is read and the stack that is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stackwise_jax.adapters import merge_adapters
+from stackwise_jax.checkpoint import Progress, Store, writing
+from stackwise_jax.config import StackWiseConfig, resolved_yaml
+from stackwise_jax.config.schema import CurriculumConfig, StackInit
+from stackwise_jax.curriculum import StackAdapter, make_plan, phase_table
+from stackwise_jax.engine import directory
+from stackwise_jax.engine.shape import rack_shape
+from stackwise_jax.engine.source import Source, check_fits
+from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, stack_item
+from stackwise_jax.engine.window import detach_adapters, one_adapter
+from stackwise_jax.errors import UsageError
+from stackwise_jax.model import (
+    Rack,
+    Stack,
+    combine,
+    init_stack_blocks,
+    rack_to_dict,
+    regroup,
+    zero_outputs,
+)
+from stackwise_jax.model.regroup import stack_blocks, unstack_blocks
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of a rack, in this order.
+
+    remove: stacks that are left out. insert: places, counted in what is left, before which a new stack is put (the
+    number of stacks: behind the last); it has the shape of the stack before it, or of the first. init: how new stacks
+    begin. sizes: blocks per stack in the end; empty: as they are. merge: adapters go into the weights.
+    """
+
+    remove: tuple[int, ...] = ()
+    insert: tuple[int, ...] = ()
+    init: StackInit = "zero"
+    sizes: tuple[int, ...] = ()
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A stack of the new rack before regrouping: one of the source's, or a new one in its likeness."""
+
+    source: int
+    new: bool = False
+
+
+def convert_run(
+    source: Source, out: Path, changes: Changes, adapters: Source | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Write the changed rack as a run directory that all commands read.
+
+    Args:
+        out: must not exist.
+        adapters: a run whose adapters take the place of the source's own.
+        seed: of new stacks.
+
+    Returns:
+        {"run", "stacks": blocks per stack, "adapters": items}.
+
+    Raises:
+        UsageError: `out` exists, a stack does not exist, or the changes do not fit together.
+        RunError: a checkpoint is damaged, or the disk is full.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists; name a directory that does not")
+    slots = _slots(source, changes)
+    stacks = [source.rack.stacks[slot.source] for slot in slots]
+    stacks = tuple(stack.clone(stack_id=i, parent=None) for i, stack in enumerate(stacks))
+    rack = source.rack.clone(stacks=stacks, parent=None)
+    if changes.sizes:
+        rack = regroup(rack, changes.sizes)
+    owner = adapters or source
+    if adapters is not None:
+        _check_adapters(source, adapters)
+    if not changes.merge:
+        _check_joins(rack, [(stack, _on_slot(owner, slot, changes)) for stack, slot in zip(stacks, slots, strict=True)])
+    store = Store(out / directory.CHECKPOINTS, keep=source.config.run.keep)
+    meta = {"phase": f"converted from {source.run_dir}", "format": source.rack.param_dtype, "loss_history": []}
+    versions = {}
+
+    def save(item: str, tree: Tree, **more: Any) -> None:
+        store.save_item(item, 1, tree, meta | {"kind": item.split("/")[0]} | more)
+        versions[item] = 1
+
+    for item in (EMBED, HEAD):
+        save(item, source.load(item))
+    read = (_read(source, owner, slot, changes, seed, place) for place, slot in enumerate(slots))
+    found: list[str] = []
+    for index, (tree, on_stack) in enumerate(_regrouped(rack, stacks, read)):
+        base, adapter_tree = detach_adapters(tree)
+        save(stack_item(index), base)
+        for adapter in on_stack:
+            moved = dataclasses.replace(adapter, stack=index)
+            spec = dataclasses.asdict(moved.spec)
+            save(adapter_item(moved), one_adapter(adapter_tree, moved.name), adapter=spec)
+            found.append(adapter_item(moved))
+    _finish(source, out, rack, store, versions)
+    return {"run": str(out), "stacks": [len(stack.blocks) for stack in rack.stacks], "adapters": found}
+
+
+def _slots(source: Source, changes: Changes) -> list[Slot]:
+    path = list(source.path)
+    if unknown := sorted(set(changes.remove) - set(path)):
+        raise UsageError(f"--remove names the stacks {unknown}; {source.run_dir} has {path}")
+    slots = [Slot(i) for i in path if i not in changes.remove]
+    if not slots:
+        raise UsageError("--remove leaves no stack; keep at least one")
+    for place in sorted(changes.insert, reverse=True):
+        if not 0 <= place <= len(slots):
+            raise UsageError(f"--insert {place} is not in a rack of {len(slots)} stacks; write 0 to {len(slots)}")
+        slots.insert(place, Slot(slots[max(place - 1, 0)].source, new=True))
+    return slots
+
+
+def _check_adapters(source: Source, adapters: Source) -> None:
+    if not adapters.adapters:
+        raise UsageError(f"--adapters {adapters.run_dir} has no adapters; name a run that was trained with some")
+    there = sorted({adapter.stack for adapter in adapters.adapters.values()})
+    if missing := [stack for stack in there if stack not in source.path]:
+        raise UsageError(
+            f"--adapters {adapters.run_dir}: they sit on the stacks {there} and {source.run_dir} has no {missing}; "
+            "name a run with adapters for this rack"
+        )
+    check_fits(adapters, {stack: stack for stack in there}, source.rack, "--adapters")
+
+
+def _on_slot(owner: Source, slot: Slot, changes: Changes) -> list[StackAdapter]:
+    """The adapters that a stack brings along; a new one has none, unless it is a copy."""
+    return [] if slot.new and changes.init != "copy" else owner.adapters_of(slot.source)
+
+
+def _check_joins(rack: Rack, stacks: Sequence[tuple[Stack, list[StackAdapter]]]) -> None:
+    """Refuse to join blocks whose adapters differ."""
+    kinds = [{(a.name, a.spec) for a in on_stack} for stack, on_stack in stacks for _ in stack.blocks]
+    for index, stack in enumerate(rack.stacks):
+        taken, kinds = kinds[: len(stack.blocks)], kinds[len(stack.blocks) :]
+        if any(kind != taken[0] for kind in taken):
+            raise UsageError(
+                f"stack {index} would join blocks whose adapters differ; add --merge_adapters, or other --sizes"
+            )
+
+
+def _read(
+    source: Source, owner: Source, slot: Slot, changes: Changes, seed: int, place: int
+) -> tuple[Tree, list[StackAdapter]]:
+    """The tree of a stack before regrouping, with the adapters that stay apart, in host memory."""
+    if slot.new and changes.init != "copy":
+        stack = source.rack.stacks[slot.source]
+        tree = init_stack_blocks(stack, place * len(stack.blocks), jax.random.key(seed))
+        return jax.device_get(zero_outputs(stack, tree) if changes.init == "zero" else tree), []
+    tree, on_stack = source.load(stack_item(slot.source)), _on_slot(owner, slot, changes)
+    for adapter in on_stack:
+        loaded = owner.load(adapter_item(adapter))
+        tree = jax.device_get(merge_adapters(tree, loaded)) if changes.merge else combine(tree, loaded)
+    return tree, [] if changes.merge else on_stack
+
+
+def _regrouped(
+    rack: Rack, stacks: Sequence[Stack], read: Iterator[tuple[Tree, list[StackAdapter]]]
+) -> Iterator[tuple[Tree, list[StackAdapter]]]:
+    """The trees of the rack's stacks, made of the blocks of `stacks` in their order."""
+    waiting: list[tuple[Tree, list[StackAdapter]]] = []  # blocks that were read and not yet written
+    rest = zip(stacks, read, strict=True)
+    for stack in rack.stacks:
+        while len(waiting) < len(stack.blocks):
+            old, (tree, on_stack) = next(rest)
+            waiting += [(block, on_stack) for block in unstack_blocks(old, tree)]
+        taken, waiting = waiting[: len(stack.blocks)], waiting[len(stack.blocks) :]
+        yield stack_blocks(stack, [block for block, _ in taken]), taken[0][1]
+
+
+def _finish(source: Source, out: Path, rack: Rack, store: Store, versions: dict[str, int]) -> None:
+    """Lay down the rest of the run directory; config.yaml comes last and makes it a run."""
+    config = _configuration(source, rack, out)
+    plan = make_plan(config, rack_shape(rack, config.data))
+    result = dict(source.progress.results[-1]) if source.progress.results else {}
+    path = list(range(len(rack.stacks)))
+    formats = {item: rack.param_dtype for item in versions}
+    result |= {"index": 0, "name": plan.phases[0].name, "depth": len(path), "path": path}
+    result |= {"versions": versions, "formats": formats}
+    store.commit(
+        Progress(
+            number=1,
+            phase=1,
+            step=0,
+            global_step=source.progress.global_step,
+            versions=versions,
+            formats=formats,
+            data=source.progress.data,
+            results=[result],
+            finished=True,
+        )
+    )
+    store.close()
+    source.tokenizer().save(out / directory.TOKENIZER)
+    with writing(out):
+        (out / directory.METRICS).touch()
+    directory.write_atomically(out / directory.PHASES, json.dumps(phase_table(plan), indent=2) + "\n")
+    directory.write_atomically(out / directory.RACK, json.dumps(rack_to_dict(rack), indent=2) + "\n")
+    directory.write_atomically(out / directory.CONFIG, resolved_yaml(config))
+
+
+def _configuration(source: Source, rack: Rack, out: Path) -> StackWiseConfig:
+    """The source's configuration with a plan for the new rack: one phase over the whole path, on the last task."""
+    before, phase = source.config, source.phase
+    sizes = {len(stack.blocks) for stack in rack.stacks}
+    architecture = before.model.architecture
+    if len(sizes) == 1:
+        architecture = dataclasses.replace(architecture, n_stacks=len(rack.stacks), blocks_per_stack=sizes.pop())
+    objective = dataclasses.replace(
+        before.objective, kind=phase.objective.kind, attention_mode=phase.attention_mode or "model", time="none"
+    )
+    if rack.time_embedding != "none":
+        objective = dataclasses.replace(objective, time="input")
+    return dataclasses.replace(
+        before,
+        run=dataclasses.replace(before.run, dir=None, name=out.name, init_from=None, init_depth=None, init_stacks=[]),
+        model=dataclasses.replace(before.model, architecture=architecture),
+        objective=objective,
+        curriculum=CurriculumConfig(plan="joint"),
+    )

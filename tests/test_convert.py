@@ -1,0 +1,136 @@
+"""The command that writes a run's rack in another shape: the same numbers in other stacks, with everything following."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import same_bits, saved, tiny, train
+
+from stackwise_jax import convert, evaluate, generate, inspect
+from stackwise_jax.engine import load_rack
+from stackwise_jax.engine.weights import EMBED, HEAD, stack_item
+from stackwise_jax.model import split_blocks
+
+TOKENS = np.arange(64).reshape(4, 16) % 60
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """Three stacks of two blocks, the first two with adapters."""
+    path = tmp_path_factory.mktemp("convert") / "run"
+    changes = ["curriculum.plan=append", "curriculum.trunk=adapt", "curriculum.adapters.targets=[q, v]"]
+    shape = ["model.architecture.n_stacks=3", "model.architecture.blocks_per_stack=2"]
+    train(tiny(*changes, *shape), path)
+    return path
+
+
+def run(*argv: object) -> int:
+    return convert.main([str(argument) for argument in argv])
+
+
+def logits(path: Path) -> np.ndarray:
+    loaded = load_rack(path)
+    return np.asarray(loaded.rack.apply({"params": loaded.params}, TOKENS))
+
+
+def test_merging_adapters_keeps_what_the_rack_computes(run_dir, tmp_path, capsys):
+    assert run(run_dir, tmp_path / "out", "--merge_adapters", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["adapters"] == []
+    assert not [item for item in saved(tmp_path / "out") if item.startswith("adapters")]
+    np.testing.assert_allclose(logits(tmp_path / "out"), logits(run_dir), atol=1e-5)
+    assert same_bits(saved(tmp_path / "out")[EMBED], saved(run_dir)[EMBED])
+
+
+@pytest.mark.parametrize("sizes", ["1,1,1,1,1,1", "2,4", "6"])
+def test_regrouped_stacks_hold_the_same_blocks(run_dir, sizes, tmp_path):
+    assert run(run_dir, tmp_path / "out", "--merge_adapters", "--sizes", sizes) == 0
+    loaded = load_rack(tmp_path / "out")
+    assert [len(stack.blocks) for stack in loaded.rack.stacks] == [int(size) for size in sizes.split(",")]
+    np.testing.assert_allclose(logits(tmp_path / "out"), logits(run_dir), atol=1e-5)
+    back = tmp_path / "back"
+    assert run(tmp_path / "out", back, "--sizes", "2,2,2") == 0
+    assert run(run_dir, tmp_path / "merged", "--merge_adapters") == 0
+    assert same_bits(saved(back), saved(tmp_path / "merged"))
+
+
+def test_adapters_follow_their_blocks(run_dir, tmp_path):
+    assert run(run_dir, tmp_path / "out", "--sizes", "1,1,1,1,2") == 0
+    items, before = saved(tmp_path / "out"), saved(run_dir)
+    parts = split_blocks(before["adapters/001/trunk"], (1, 1))
+    assert same_bits(items["adapters/002/trunk"], parts[0]) and same_bits(items["adapters/003/trunk"], parts[1])
+    assert not any(item.startswith("adapters/004") for item in items)
+    np.testing.assert_allclose(logits(tmp_path / "out"), logits(run_dir), atol=1e-6)
+
+
+def test_stacks_are_removed_and_inserted(run_dir, tmp_path):
+    before = saved(run_dir)
+    assert run(run_dir, tmp_path / "less", "--remove", "1") == 0
+    less = saved(tmp_path / "less")
+    assert same_bits(less[stack_item(1)], before[stack_item(2)]) and stack_item(2) not in less
+
+    assert run(run_dir, tmp_path / "more", "--insert", "0,3", "--init", "zero") == 0
+    assert [len(stack.blocks) for stack in load_rack(tmp_path / "more").rack.stacks] == [2] * 5
+    np.testing.assert_allclose(logits(tmp_path / "more"), logits(run_dir), atol=1e-6)  # identities
+
+    assert run(run_dir, tmp_path / "copy", "--insert", "1", "--init", "copy") == 0
+    copied = saved(tmp_path / "copy")
+    assert same_bits(copied[stack_item(1)], before[stack_item(0)])
+    assert same_bits(copied["adapters/001/stack"], before["adapters/000/stack"])
+
+
+def test_the_new_run_is_read_by_every_command_and_train_starts_from_it(run_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(run_dir, out, "--merge_adapters", "--sizes", "3,3") == 0
+    assert evaluate.main([str(out), "--batches", "2"]) == 0
+    assert generate.main([str(out), "--prompt", "", "--max_tokens", "4"]) == 0
+    assert inspect.main([str(out)]) == 0
+    shape = ["model.architecture.n_stacks=2", "model.architecture.blocks_per_stack=3"]
+    train(tiny("curriculum.plan=joint", *shape, f"run.init_from={out}"), tmp_path / "tuned")
+    assert "error" not in capsys.readouterr().err
+
+
+def test_the_source_stays_as_it_is(run_dir, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    assert run(run_dir, tmp_path / "out", "--merge_adapters") == 0
+    after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    assert {path: time for path, time in after.items() if path.name != ".lock"} == {
+        path: time for path, time in before.items() if path.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["nothing to do", "--merge_adapters"]),
+        (["--remove", "7"], ["--remove", "7", "[0, 1, 2]"]),
+        (["--remove", "0,1,2"], ["leaves no stack"]),
+        (["--insert", "9"], ["--insert 9", "0 to 3"]),
+        (["--sizes", "5,5"], ["6 blocks"]),
+        (["--sizes", "6"], ["adapters differ", "--merge_adapters"]),
+        (["--sizes", "a"], ["--sizes"]),
+        (["--depth", "8"], ["--depth 8", "1 to 3"]),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence_and_leave_nothing(run_dir, argv, words, tmp_path, capsys):
+    assert run(run_dir, tmp_path / "out", *argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(run_dir, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert run(run_dir, tmp_path / "out", "--merge_adapters") == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_adapters_of_another_rack_are_refused(run_dir, tmp_path, capsys):
+    train(tiny("curriculum.plan=append", "model.architecture.n_stacks=3", "model.d_model=64"), tmp_path / "wide")
+    assert run(tmp_path / "wide", tmp_path / "out", "--adapters", run_dir) == 2
+    assert "d_model" in capsys.readouterr().err
+    assert run(run_dir, tmp_path / "out", "--adapters", tmp_path / "wide") == 2
+    assert "no adapters" in capsys.readouterr().err
