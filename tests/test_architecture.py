@@ -16,7 +16,8 @@ OURS = [path for path in FILES if path.is_relative_to(ROOT / PACKAGE)]
 GROUPS = (  # a package imports from groups left of its own; commands are the modules of the top level
     ("config", "curriculum"),
     ("objectives", "kernels", "memory"),
-    ("model", "adapters"),
+    ("model",),
+    ("adapters",),
     ("data", "checkpoint"),
     ("engine",),
     ("sampling", "evaluation", "reporting"),
@@ -142,6 +143,8 @@ def test_nothing_runs_code_from_files(path):
         ("memory", "errors", True),
         ("model", "model", True),
         ("config", "curriculum", False),
+        ("adapters", "model", True),
+        ("model", "adapters", False),
         ("model", "engine", False),
         ("data", "checkpoint", False),
         ("engine", "reporting", False),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny import same_bits, saved, tiny, train
 
 from stackwise_jax import convert, evaluate, generate, inspect
 from stackwise_jax.engine import load_rack
+from stackwise_jax.engine.convert import Changes, convert_run
+from stackwise_jax.engine.source import Source
 from stackwise_jax.engine.weights import EMBED, HEAD, stack_item
 from stackwise_jax.model import split_blocks
 
@@ -134,3 +139,24 @@ def test_adapters_of_another_rack_are_refused(run_dir, tmp_path, capsys):
     assert "d_model" in capsys.readouterr().err
     assert run(run_dir, tmp_path / "out", "--adapters", tmp_path / "wide") == 2
     assert "no adapters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [(), (1,) * 6, (3, 3)])
+def test_at_most_two_stacks_are_in_memory(run_dir, sizes, tmp_path, monkeypatch):
+    live: list[weakref.ref] = []
+    most = 0
+    load = Source.load
+
+    def watched(self, item, like=None):
+        nonlocal most
+        gc.collect()
+        tree = load(self, item, like)
+        if item.startswith("stacks/"):
+            live.append(weakref.ref(jax.tree.leaves(tree)[0]))
+            most = max(most, sum(ref() is not None for ref in live))
+        return tree
+
+    monkeypatch.setattr(Source, "load", watched)
+    convert_run(Source(run_dir), tmp_path / "out", Changes(merge=True, sizes=sizes))
+    assert len(live) == 3
+    assert most <= 2

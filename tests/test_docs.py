@@ -19,7 +19,7 @@ import pytest
 from stackwise_jax.config import load_config, validate
 from stackwise_jax.config.keys import describe, list_keys, list_names
 from stackwise_jax.config.schema import PhaseConfig, StackWiseConfig
-from stackwise_jax.curriculum import plans
+from stackwise_jax.curriculum import PLANS, format_phase_table, make_plan, plans
 from stackwise_jax.engine import directory
 from stackwise_jax.model import PRESETS
 
@@ -27,13 +27,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "stackwise_jax"
 README, CONFIGURATION = ROOT / "README.md", ROOT / "docs" / "configuration.md"
 PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
-COMMANDS = ("train", "evaluate", "generate", "inspect")
+COMMANDS = ("train", "evaluate", "generate", "inspect", "convert")
 RUN_ENTRIES = {
     "rack.json",
     *(directory.CONFIG, directory.PHASES, directory.METRICS, directory.SUMMARY, directory.TOKENIZER),
     *(directory.CHECKPOINTS, directory.TENSORBOARD, directory.CACHE),
 }
-IN_A_STORE = r"(embed|head|stacks/\d{3}|optimizer|progress|arrays|meta\.json)\b"
+IN_A_STORE = r"(embed|head|stacks/\d{3}|adapters/\d{3}/\w+|moments|optimizer|progress|arrays|meta\.json)\b"
 GENERATED = "<!-- written by tests/test_docs.py from stackwise_jax/config/schema.py -->"
 
 
@@ -248,9 +248,10 @@ def test_plan_of_the_readme_is_a_plan(tmp_path, monkeypatch):
     given = {name: value for name, value in vars(plans).items() if not name.startswith("__")}
     names = run_snippet(README, f"# {path}\n", given)
     config = StackWiseConfig()
-    plan = names["overlap"](plans.config_shape(config), config)
-    assert [sorted(phase.train) for phase in plan.phases] == [[0], [0, 1], [1, 2], [2, 3]]
-    assert [phase.prefix for phase in plan.phases] == [(), (), (0,), (0, 1)]
+    kind = PLANS.pop("interleave")
+    assert kind.make is names["interleave"]
+    plan = kind.make(plans.config_shape(config), config)
+    assert [sorted(phase.train) for phase in plan.phases] == [[0, 2], [1, 3]]
     assert plan.stack_sizes == (2, 2, 2, 2)
 
 
@@ -278,3 +279,20 @@ def test_python_snippets_run(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     CONFIGURATION.write_text(configuration_page())
+
+
+TABLE = re.compile(r"^<!-- (--curriculum.plan .*) -->\n```text\n(.*?)\n```", re.MULTILINE | re.DOTALL)
+
+
+def test_the_phase_tables_of_the_docs_are_those_of_the_plans():
+    """After a change of plans, the tables in docs/curricula.md are what `format_phase_table` gives for four stacks."""
+    tables = TABLE.findall((ROOT / "docs" / "curricula.md").read_text())
+    assert len(tables) >= 10
+    for options, table in tables:
+        config = load_config(None, ["--model.architecture.n_stacks=4", *options.split()])
+        validate(config)
+        assert table == plans_table(config), options
+
+
+def plans_table(config) -> str:
+    return format_phase_table(make_plan(config)).split("\n", 1)[1]

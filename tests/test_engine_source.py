@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tiny import metrics, same_bits, saved, summary, tiny, train
 
 from stackwise_jax.engine import Run, load_rack, prepare
-from stackwise_jax.engine.source import Source
+from stackwise_jax.engine.source import Source, origin_for
 from stackwise_jax.engine.weights import EMBED, HEAD, stack_item
 from stackwise_jax.errors import UsageError
 from stackwise_jax.evaluation import evaluate_run, held_out_text, task_of
@@ -117,7 +118,6 @@ def test_a_resumed_run_needs_the_other_run_no_more(origin, tmp_path):
         (["model.architecture.n_stacks=1"], ["gives 3 stacks", "init_stacks"]),
         (["run.init_stacks=[5]"], ["init_stacks", "5", "[0, 1, 2]"]),
         (["run.init_depth=9"], ["init_depth", "1 to 3"]),
-        (["data.source=python-docs"], ["tokenizer"]),
         (["model.tie_embeddings=true", "curriculum.plan=rackwise"], ["tie_embeddings"]),
     ],
 )
@@ -127,6 +127,12 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(origin, c
         prepare(tiny(*common, *changes), tmp_path / "run")
     assert all(word in str(error.value) for word in words), str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_is_refused(origin, tmp_path):
+    config = tiny("model.architecture.n_stacks=3", f"run.init_from={origin}")
+    with pytest.raises(UsageError, match=r"another tokenizer; write .* tokenizer.kind file"):
+        origin_for(config, load_rack(origin).rack, SimpleNamespace(fingerprint="another"))
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):

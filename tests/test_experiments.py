@@ -1,12 +1,23 @@
 """The benchmarks run at their smallest sizes and print JSON last, and what holds at any size holds."""
 
+import importlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from stackwise_jax.config import load_config, validate
+from stackwise_jax.curriculum import make_plan
+from stackwise_jax.engine.shape import rack_shape
+from stackwise_jax.model import create_rack_from_config
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -54,3 +65,150 @@ def test_learning_from_the_markov_source():
     assert 0.39 < result["entropy"] < 0.41 and result["chance"] == 1 / 64
     (row,) = result["jobs"]
     assert row["job"] == "append" and 0 < row["held-out loss"] < 6
+
+
+# Recipes at equal FLOPs.
+
+EQUAL_FLOPS = EXPERIMENTS / "equal_flops"
+SMALLEST = {"d_model": 16, "n_heads": 2, "d_ff": 32, "seq_len": 16, "batch_size": 4, "eval_batches": 2, "draws": 1}
+
+
+@pytest.fixture
+def part(monkeypatch):
+    """A module of the experiment, by name."""
+    monkeypatch.syspath_prepend(str(EQUAL_FLOPS))
+    return importlib.import_module
+
+
+def test_ngram_floors_are_those_of_counting_by_hand(part):
+    rng = np.random.default_rng(0)
+    train, valid = rng.integers(0, 5, 300), rng.integers(0, 5, 40)  # 5 symbols of 6, so one is never seen
+    valid[7] = 5
+
+    def probability(history: list[int], token: int, n: int) -> float:
+        if n == 0:
+            return 1 / 6
+        context = history[len(history) - n + 1 :]
+        followers = [seen[-1] for seen in grams[n] if list(seen[:-1]) == context]
+        if not followers:
+            return probability(history, token, n - 1)
+        kinds, lower = len(set(followers)), probability(history, token, n - 1)
+        return (Counter(followers)[token] + kinds * lower) / (len(followers) + kinds)
+
+    padded, text = [0, 0, *train.tolist()], [0, 0, *valid.tolist()]
+    grams = {n: [padded[i - n + 1 : i + 1] for i in range(2, len(padded))] for n in (1, 2, 3)}
+    by_hand = [
+        -sum(math.log2(probability(text[:i], text[i], n)) for i in range(2, len(text))) / len(valid) for n in (1, 2, 3)
+    ]
+    assert part("floors").witten_bell(train, valid, 6, 3) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("depth", [6, 12])
+def test_every_recipe_spends_the_budget(part, depth):
+    run, recipes = part("run"), part("recipes").RECIPES
+    args = run.build_parser().parse_args([f"--train={__file__}", f"--valid={__file__}", f"--depth={depth}"])
+    settings = run.settings_of(args)
+    for name, recipe in recipes.items():
+        config = load_config(None, settings.overrides(part("jobs").Job(name, 2e-3, 0)))
+        validate(config)
+        shape = rack_shape(create_rack_from_config(config, 260), config.data)
+        plan = make_plan(config, shape)
+        costs = [shape.step_flops(plan.stack_sizes, phase) for phase in plan.phases]
+        spent = sum(cost * phase.steps for cost, phase in zip(costs, plan.phases, strict=True))
+        assert args.budget - max(costs) < spent <= args.budget, name
+        assert all(p.optimizer.lr == 2e-3 for p in plan.phases), name
+        if not recipe.plain:
+            assert sum(plan.stack_sizes) == depth, name
+
+
+def test_recipes_are_held_against_plain_models_that_fit(part):
+    compare = part("compare")
+    figures = dict.fromkeys(("resident", "flops", "steps", "tokens", "phases", "seconds", "standard_error"), 1)
+
+    def line(name: str, state: int, *bits: float):
+        return compare.Line(
+            name, {s: figures | {"learning_state": state, "bits_per_byte": b} for s, b in enumerate(bits)}
+        )
+
+    rows = compare.compared(
+        [
+            line("rackwise", 60, 2.4, 2.42, 2.38),
+            line("control-2of6", 20, 2.2, 2.22, 2.18),
+            line("append-2of6", 20, 2.3),
+            line("append-2of6-overlap", 40, 2.19),
+            line("keep-last-2of6", 40, 2.0),
+            line("grow-copy", 60, 2.25),
+        ]
+    )
+    told = {row["recipe"]: (row["control"], row["verdict"], row["case"]) for row in rows if "control" in row}
+    assert told == {  # the noise of one run is 0.02, of a difference 0.028
+        "append-2of6": ("control-2of6", "no", "no"),
+        "append-2of6-overlap": ("control-2of6", "no, within noise", "no, within noise"),
+        "keep-last-2of6": ("control-2of6", "yes", "yes"),
+        "grow-copy": ("rackwise", "yes", "no, within noise"),
+    }
+    # Only the seeds that both have count: at seed 0 the control had 2.2.
+    assert rows[2]["difference"] == pytest.approx(0.1)
+
+
+def test_labels_do_not_touch(part):
+    spread = part("picture").spread
+    assert spread([1.0, 3.0], 1) == [1.0, 3.0]
+    assert spread([1.0, 1.0, 1.5], 1) == pytest.approx([1 / 6, 7 / 6, 13 / 6])
+
+
+def equal_flops(folder: Path, *options: str, jobs: int = 2) -> list[str]:
+    """The command line of the smallest comparison, its texts in `folder`."""
+    for name, n in {"train": 400, "valid": 40}.items():
+        lines = (f"{i} bottles of beer on the wall, {i} bottles of beer" for i in range(n))
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    texts = [f"--{name}={folder / name}.txt" for name in ("train", "valid")]
+    sizes = [f"--{name}={size}" for name, size in SMALLEST.items()]
+    script = [sys.executable, str(EQUAL_FLOPS / "run.py"), *texts, *sizes, f"--out={folder / 'out'}", f"--jobs={jobs}"]
+    return [*script, *options]
+
+
+@pytest.mark.slow
+def test_equal_flops_compares_and_does_nothing_twice(tmp_path):
+    command = equal_flops(tmp_path, "--budget=1e8", "--lrs=2e-3", "--seeds=2", "--json")
+    names = ["control-2of6", "append-2of6", "diffusion-independent-2of6"]
+    done = subprocess.run([*command, "--only", *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    control, append = rows["next token"]
+    (independent,) = rows["mask diffusion"]
+    assert (control["seeds"], append["seeds"], independent["seeds"]) == (2, 2, 1)
+    assert append["control"] == "control-2of6"
+    # The first phase of append is the control itself; later ones pass a frozen trunk as well.
+    assert control["learning_state"] == append["learning_state"] == independent["learning_state"]
+    assert control["resident"] < append["resident"]
+    assert independent["phases"] == 3 and 0 < independent["bits_per_byte"] < 16
+    out = tmp_path / "out"
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert len(runs) == 5 and all(0.8e8 < run["flops"] <= 1e8 for run in runs)
+    assert "| `append-2of6` |" in (out / "RESULTS.md").read_text()
+
+    before = {file: file.stat().st_mtime_ns for file in (out / "results").iterdir()}
+    again = subprocess.run([*command, "--only", *names], capture_output=True, text=True)
+    assert json.loads(again.stdout.splitlines()[-1])["rows"] == rows
+    assert {file: file.stat().st_mtime_ns for file in (out / "results").iterdir()} == before
+    other = subprocess.run([*command, "--only", *names, "--budget=2e8"], capture_output=True, text=True)
+    assert other.returncode == 2 and "curriculum.budget" in other.stderr and "--out" in other.stderr
+
+
+@pytest.mark.slow
+def test_equal_flops_goes_on_after_ctrl_c(tmp_path):
+    command = equal_flops(tmp_path, "--budget=6e9", "--lrs=2e-3", "--seeds=1", "--only", "rackwise", jobs=1)
+    log = tmp_path / "out" / "logs" / "rackwise-lr0.002-seed0.log"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (log.exists() and " step " in log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "the same command" in said
+    assert "stopped at phase 'rack'" in log.read_text()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "continuing" in log.read_text()

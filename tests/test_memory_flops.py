@@ -1,7 +1,7 @@
 """The formula for FLOPs against what XLA counts for the same model written in plain jnp.
 
-Shapes: B batch, T and S sequence, D d_model, H heads, K kv heads, V vocabulary, R rank of adapters. Loops over blocks are unrolled, because
-XLA counts the body of a scan once.
+Shapes: B batch, T and S sequence, D d_model, H heads, K kv heads, V vocabulary, R rank of adapters. Loops over blocks
+are unrolled, because XLA counts the body of a scan once.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ import pytest
 
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import Block, Stack
-from stackwise_jax.model.linear import linear
+from stackwise_jax.model.linear import bound_kernel, linear
 from stackwise_jax.model.mlp import mlp
 from stackwise_jax.model.norm import rms_norm
 from stackwise_jax.model.rope import rope
@@ -206,6 +206,95 @@ def test_specs_are_values():
     assert stack.blocks[1].d_ff == 48
 
 
+def test_residual_gain_multiplies_both_branches():
+    x_BTD = make_input()
+    params = make_block().init_params(jax.random.key(0))
+
+    def branches(gain, silent=()):
+        tree = jax.tree.map(jnp.asarray, params)
+        for part, name in silent:
+            tree[part] = {**tree[part], name: {"kernel": jnp.zeros_like(tree[part][name]["kernel"])}}
+        return make_block(residual_gain=gain).apply({"params": tree}, x_BTD) - x_BTD
+
+    for silent in ([("mlp", "down")], [("attn", "o")]):  # one branch at a time: the other's input depends on the first
+        np.testing.assert_allclose(branches(0.25, silent), 0.25 * branches(1.0, silent), atol=1e-5)
+    assert np.abs(branches(0.25)).max() < 0.5 * np.abs(branches(1.0)).max()
+
+
+def test_residual_gain_acts_in_decoding_and_in_the_compute_dtype():
+    block, x_BTD = make_block(residual_gain=0.5), make_input()
+    params, positions_BT = block.init_params(jax.random.key(0)), jnp.broadcast_to(jnp.arange(T), (2, T))
+    cache = block.init_cache(2, T, jnp.float32)
+    decoded_BTD, _ = block.apply({"params": params}, x_BTD, positions_BT, cache, method="decode")
+    np.testing.assert_allclose(decoded_BTD, block.apply({"params": params}, x_BTD), atol=1e-5)
+    half = make_block(residual_gain=0.5, compute_dtype="bf16")
+    assert half.apply({"params": params}, x_BTD).dtype == jnp.bfloat16
+
+
+def test_gain_one_and_no_bound_leave_the_program_as_it_is():
+    def program(**options):
+        block = make_block(**options)
+        params = block.init_params(jax.random.key(0))
+        return str(jax.make_jaxpr(lambda params, x_BTD: block.apply({"params": params}, x_BTD))(params, make_input()))
+
+    assert program(residual_gain=1.0, spectral_norm=0.0) == program()
+    assert program(residual_gain=0.5).count(" mul ") == program().count(" mul ") + 2
+    assert program(spectral_norm=1.0).count("max") >= program().count("max") + 7  # each matrix has its bound
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 128), (96, 16)])
+@pytest.mark.parametrize("key", range(3))
+def test_a_bounded_kernel_has_the_norm_asked_for(shape, key):
+    kernel_IO = jax.random.normal(jax.random.key(key), shape)
+    largest = np.linalg.norm(kernel_IO, 2)
+    for limit in (0.1, 0.5 * largest):
+        bounded_IO = bound_kernel(kernel_IO, limit)
+        assert limit * 0.999 <= np.linalg.norm(bounded_IO, 2) <= 1.05 * limit
+        np.testing.assert_allclose(bounded_IO / kernel_IO, (bounded_IO / kernel_IO)[0, 0], rtol=1e-4)
+    np.testing.assert_array_equal(bound_kernel(kernel_IO, 1.01 * largest), kernel_IO)
+
+
+def test_a_bounded_linear_stretches_nothing_beyond_the_limit():
+    kernel_IO, x_NI = (
+        5.0 * jax.random.normal(jax.random.key(0), (D, 48)),
+        jax.random.normal(jax.random.key(1), (100, D)),
+    )
+    y_NO = linear(x_NI, {"kernel": kernel_IO}, jnp.float32, spectral_norm=0.7)
+    stretch_N = jnp.linalg.norm(y_NO, axis=1) / jnp.linalg.norm(x_NI, axis=1)
+    assert 0.2 < stretch_N.max() <= 0.7 * 1.05
+    half_NO = linear(x_NI, {"kernel": kernel_IO.astype(jnp.bfloat16)}, jnp.bfloat16, spectral_norm=0.7)
+    assert half_NO.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half_NO.astype(jnp.float32), y_NO, atol=0.05)
+
+
+def test_the_bound_is_on_the_kernel_and_not_on_adapters():
+    kernel_IO, x_NI = 5.0 * jax.random.normal(jax.random.key(0), (D, D)), jax.random.normal(jax.random.key(1), (4, D))
+    adapter = {"a": jnp.ones((D, 1)), "b": jnp.ones((1, D)), "scale": jnp.float32(2.0)}
+    params = {"kernel": kernel_IO, "adapters": {"stack": adapter}}
+    expected_NO = x_NI @ bound_kernel(kernel_IO, 1.0) + 2.0 * x_NI @ jnp.ones((D, D))
+    np.testing.assert_allclose(linear(x_NI, params, jnp.float32, spectral_norm=1.0), expected_NO, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_a_bounded_kernel_are_those_of_the_quotient():
+    kernel_IO, weights_IO = (jax.random.normal(jax.random.key(i), (D, 24)) for i in range(2))
+    kernel_IO = kernel_IO.at[0].add(10.0)  # one singular value well above the others, so that u and v are exact
+    grad = jax.jit(jax.grad(lambda kernel_IO: jnp.sum(weights_IO * bound_kernel(kernel_IO, 1.0))))
+    u_II, sigma_O, vh_OO = np.linalg.svd(kernel_IO, full_matrices=False)
+    along = np.sum(weights_IO * kernel_IO) / sigma_O[0] ** 2
+    expected_IO = weights_IO / sigma_O[0] - along * np.outer(u_II[:, 0], vh_OO[0])
+    np.testing.assert_allclose(grad(kernel_IO), expected_IO, atol=1e-5)
+    for small_IO in (0.01 * kernel_IO, jnp.zeros_like(kernel_IO)):
+        np.testing.assert_array_equal(grad(small_IO), weights_IO)
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": True}])
+def test_a_bounded_stack_has_finite_gradients(options):
+    stack = Stack((make_block(spectral_norm=0.5, residual_gain=0.5),) * 2, **options)
+    params = jax.tree.map(lambda leaf: 10.0 * leaf, stack.init_params(jax.random.key(0)))
+    grads = jax.jit(jax.grad(lambda params: jnp.sum(stack.apply({"params": params}, make_input()) ** 2)))(params)
+    assert all(jnp.isfinite(leaf).all() and jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -216,6 +305,8 @@ def test_specs_are_values():
         ({"n_kv_heads": 0}, r"model\.n_kv_heads is 0; write at least 1"),
         ({"d_ff": -4}, r"model\.d_ff is -4"),
         ({"dropout": 1.0}, r"model\.dropout is 1\.0"),
+        ({"residual_gain": 0.0}, r"model\.residual_gain is 0\.0; write a number above 0"),
+        ({"spectral_norm": -1.0}, r"model\.spectral_norm is -1\.0; write a bound above 0"),
         ({"rope_theta": 0.0}, r"model\.rope_theta is 0\.0"),
         ({"attention_mode": "sideways"}, "attention mode 'sideways' is unknown"),
         ({"compute_dtype": "banana"}, "dtype 'banana' is unknown"),

@@ -74,8 +74,8 @@ def test_spans_by_hand(length, n_real, intervals, spans):
     assert expert_spans(length, n_real, intervals) == spans
 
 
-@pytest.mark.parametrize("steps", [None, 4, 9, 500])
-@pytest.mark.parametrize("n_prompt", [1, 4, 40])
+@pytest.mark.parametrize("steps", [None, 9, 500])
+@pytest.mark.parametrize("n_prompt", [1, 40])
 def test_each_pass_is_made_by_the_expert_of_its_hidden_share(experts, passes, steps, n_prompt):
     prompt_P = np.resize(PROMPT_P, n_prompt)
     ids = generate_independent(experts, prompt_P, length=20, steps=steps, **HOW)
@@ -147,7 +147,7 @@ def test_wrong_arguments_are_refused_by_name(experts):
             generate_independent(wrong, PROMPT_P, length=4, **HOW)
     with pytest.raises(UsageError, match="steps is 3 and there are 4 racks"):
         generate_independent(experts, PROMPT_P[:1], length=40, steps=3, **HOW)
-    with pytest.raises(UsageError, match="steps is 0"):
+    with pytest.raises(UsageError, match="steps is 0 and there is"):
         generate_independent(experts, PROMPT_P, length=4, steps=0, **HOW)
     with pytest.raises(UsageError, match="max_tokens"):
         generate_independent(experts, PROMPT_P, length=-4, **HOW)

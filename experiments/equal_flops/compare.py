@@ -93,7 +93,7 @@ def compared(lines: Sequence[Line]) -> list[dict[str, Any]]:
             best = max(fitting, key=lambda model: difference(line, model))
             row |= {"control": control.name, "difference": difference(line, control)}
             row |= {"verdict": verdict(line, control, noise), "best_plain": best.name}
-            row |= {"to_best_plain": difference(line, best), "verdict_best": verdict(line, best, noise)}
+            row |= {"to_best_plain": difference(line, best), "case": verdict(line, best, noise)}
         rows.append(row)
     return rows
 

@@ -120,8 +120,13 @@ class Runner:
         command = [sys.executable, str(WORKER), f"--result={settings.result_file(job)}"]
         command += [f"--eval_batches={settings.eval_batches}", f"--draws={settings.draws}"]
         command += [f"--cores={cores}"] if cores else []
-        # Huge pages for what glibc allocates: without them a fifth of the time on CPUs goes into page faults.
-        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
+        # Programs that another run has compiled are taken from there. Huge pages for what glibc allocates: without them
+        # a fifth of the time on a CPU goes into page faults.
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(settings.out / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        } | os.environ
         with open(self._log(job), "w", encoding="utf-8") as log:
             # In a session of its own: the Ctrl-C of the terminal reaches it through `_stop` alone, once.
             return subprocess.Popen(

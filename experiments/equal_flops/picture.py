@@ -40,10 +40,10 @@ def draw(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]], floors: 
 def _panel(axis, measure: str, rows: Sequence[Mapping[str, Any]], floors: Sequence[float]) -> None:
     plain = sorted((row for row in rows if row["plain"]), key=lambda row: row["learning_state"])
     recipes = [row for row in rows if not row["plain"]]
-    axis.plot(*_places(plain), "o-", color="black", label="plain model, end to end")
-    won = [row for row in recipes if row.get("verdict", "no").startswith("yes")]
-    axis.plot(*_places(won), "^", color="tab:green", label="beats its control")
-    axis.plot(*_places([row for row in recipes if row not in won]), "v", color="tab:red", label="does not")
+    axis.plot(*_places(plain), "o-", color="black", linewidth=1, zorder=3, label="plain model, end to end")
+    for (color, label), told in _KINDS.items():
+        points = _places([row for row in recipes if _won(row) == told])
+        axis.plot(*points, "o", color=color, label=label, zorder=4)
     states, bits = _places(rows)
     low, high = min(bits), max(bits)
     margin = 0.08 * (high - low) or 0.1
@@ -56,7 +56,19 @@ def _panel(axis, measure: str, rows: Sequence[Mapping[str, Any]], floors: Sequen
             axis.text(axis.get_xlim()[0], floor, f" {n}-gram", color="0.4", va="bottom", fontsize=8)
     _label(axis, rows, width, high - low + 2 * margin)
     axis.set(title=measure, xlabel="peak learning state, MiB", ylabel="held-out bits per byte")
-    axis.legend(loc="upper right", fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2, fontsize=8, frameon=False)
+
+
+_KINDS = {  # (color, label) -> (beats its control, has a case)
+    ("tab:green", "beats every plain model that fits"): (True, True),
+    ("tab:orange", "beats only its control"): (True, False),
+    ("tab:red", "does not beat its control"): (False, False),
+}
+
+
+def _won(row: Mapping[str, Any]) -> tuple[bool, bool]:
+    verdicts = [row.get(name, "no").startswith("yes") for name in ("verdict", "case")]
+    return verdicts[0], all(verdicts)
 
 
 def _places(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
@@ -71,6 +83,7 @@ def _label(axis, rows: Sequence[Mapping[str, Any]], width: float, height: float)
             columns[-1].append((state, bits, row["recipe"]))
         else:
             columns.append([(state, bits, row["recipe"])])
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for column in columns:
         for (state, bits, name), y in zip(
             sorted(column, key=lambda point: point[1]),
@@ -79,7 +92,7 @@ def _label(axis, rows: Sequence[Mapping[str, Any]], width: float, height: float)
         ):
             x = state + 0.04 * width
             axis.plot([state, x], [bits, y], color="0.6", linewidth=0.6)
-            axis.text(x, y, f" {name}", va="center", fontsize=8)
+            axis.text(x, y, name, va="center", fontsize=8, bbox=box)
 
 
 def spread(heights: Sequence[float], apart: float) -> list[float]:

@@ -73,18 +73,17 @@ def _section(measure: str, rows: Sequence[Mapping[str, Any]], noise: float | Non
     parts = [heading, f"Noise between seeds: {said}."]
     if against:
         parts.append(
-            "Control: the plain model with as large a learning state, trained end to end with the same FLOPs. A recipe "
-            "that does not beat it has no case; differences up to two standard errors are within noise. Best plain: "
-            "the best of all plain models whose learning state is no larger."
+            "Control: the plain model with as large a learning state, trained end to end with the same FLOPs. Best "
+            "plain: the best of all plain models whose learning state is no larger. A recipe has a case if it beats "
+            "both; differences up to two standard errors are within noise."
         )
         columns = {
             "recipe": lambda row: f"`{row['recipe']}`",
             "bits per byte": _bits,
-            "control": lambda row: f"`{row['control']}`",
-            "to control": lambda row: f"{row['difference']:+.3f}",
-            "beats it": lambda row: row["verdict"],
-            "to best plain": lambda row: f"{row['to_best_plain']:+.3f}",
-            "beats that": lambda row: row["verdict_best"],
+            "control": lambda row: f"`{row['control']}` {row['difference']:+.3f}",
+            "beats control": lambda row: row["verdict"],
+            "best plain": lambda row: f"`{row['best_plain']}` {row['to_best_plain']:+.3f}",
+            "has a case": lambda row: row["case"],
         }
         parts.append(_table(columns | _COSTS, against))
     columns = {"plain model": lambda row: f"`{row['recipe']}`", "bits per byte": _bits} | _COSTS

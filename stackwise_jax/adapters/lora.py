@@ -46,7 +46,7 @@ def init_adapter(stack: Stack, adapter: StackAdapter, first_block: int | jax.Arr
 def _adapt_block(block: Block, name: str, spec: AdapterSpec, key: jax.Array) -> Params:
     dtype = dtype_of(block.param_dtype)
     tree: Params = {}
-    for i, (matrix, (n_in, n_out)) in enumerate(matrix_shapes(block).items()):
+    for i, (matrix, (n_in, n_out)) in enumerate(block.matrices.items()):
         if matrix not in spec.targets:
             continue
         normal_IR = jax.random.normal(jax.random.fold_in(key, i), (n_in, spec.rank), jnp.float32)
@@ -70,16 +70,9 @@ def _init_alike(block: Block, name: str, spec: AdapterSpec, keys_L: jax.Array) -
     return jax.lax.map(functools.partial(_adapt_block, block, name, spec), keys_L)
 
 
-@functools.cache
-def matrix_shapes(block: Block) -> dict[str, tuple[int, int]]:
-    """(in, out) of each matrix of a block, by name."""
-    tree = jax.eval_shape(lambda: block.init_params(jax.random.key(0)))
-    return {name: tree[part][name]["kernel"].shape for name, part in MATRICES.items()}
-
-
 def adapter_count(blocks: Sequence[Block], spec: AdapterSpec) -> int:
-    """Numbers of an adapter on these blocks that learn: the entries of a and b. Nothing is allocated."""
-    shapes = [matrix_shapes(block)[name] for block in blocks for name in spec.targets]
+    """Numbers of an adapter on these blocks that learn: the entries of a and b."""
+    shapes = [block.matrices[name] for block in blocks for name in spec.targets]
     return spec.rank * sum(n_in + n_out for n_in, n_out in shapes)
 
 

@@ -256,6 +256,11 @@ class CurriculumConfig(PlanConfig):
     budget: str | None = None  # of the whole run, "3000 steps", "5M tokens" or "2e15 flops": scales the steps of phases
     plans: list[PlanEntryConfig] = field(default_factory=list)  # run one after another, in the place of plan
 
+    @property
+    def title(self) -> str:
+        """The names of the plans that are run."""
+        return " + ".join(entry.plan for entry in self.plans) or self.plan
+
 
 @dataclass(frozen=True)
 class CacheConfig:

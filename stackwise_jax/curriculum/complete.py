@@ -175,13 +175,16 @@ def _learns(phase: Phase) -> set[tuple]:
 
 
 def _keeps_state(phase: Phase, config: StackWiseConfig, past: Past) -> bool:
-    """Whether what learned before goes on with its optimizer state: auto asks for stacks or adapters that did."""
+    """Whether what learned before goes on with its optimizer state.
+
+    auto: where stacks or adapters learned before, or the plan says so of any item.
+    """
     again = _learns(phase) & past.learned
     if phase.merge_adapters:
         again = {item for item in again if item[0] != "adapter"}
     match config.curriculum.optimizer_state:
         case "auto":
-            return any(item[0] in ("stack", "adapter") for item in again)
+            return bool(again) and (phase.keep_optimizer or any(item[0] in ("stack", "adapter") for item in again))
         case "keep":
             return bool(again)
     return False

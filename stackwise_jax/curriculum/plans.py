@@ -135,6 +135,7 @@ def cycle(shape: RackShape, config: StackWiseConfig) -> Plan:
     """Block coordinate descent: the full path, and the stacks learn in turns, curriculum.rounds times over.
 
     A turn is curriculum.stacks_per_stage neighbouring stacks, with the head; the embedding learns with the first stack.
+    Optimizer state waits for the next turn, and the head's goes on from turn to turn.
     """
     stacks, rounds = tuple(range(len(shape.block_counts))), config.curriculum.rounds
     first = _learnable(shape)[0]
@@ -146,6 +147,7 @@ def cycle(shape: RackShape, config: StackWiseConfig) -> Plan:
             train=frozenset(new),
             train_embed=first in new,
             train_head=True,
+            keep_optimizer=True,
         )
         for turn in range(rounds)
         for new, _ in _stages(shape.learnable, config)

@@ -23,7 +23,7 @@ def trainable_and_frozen(rack: Rack, phase: Phase) -> tuple[int, int]:
 
     Nothing is allocated.
     """
-    embed, head = _ends(rack)
+    embed, head = count(lambda key: init_embed(rack, key)), count(lambda key: init_head(rack, key))
     total, learning = embed + head, embed * phase.train_embed + head * phase.train_head
     for index in phase.path:
         stack, adapters = rack.stacks[index], _adapter_entries(rack.stacks[index].blocks, phase, index)
@@ -49,7 +49,11 @@ def step_flops_of(rack: Rack, data: DataConfig) -> Callable[[tuple[int, ...], Ph
     The step computes its prefix itself. Answers are remembered: a plan that fits a budget asks thousands of times for
     phases that differ in their length only.
     """
-    regrouped = functools.cache(functools.partial(regroup, rack))
+
+    @functools.cache
+    def regrouped(sizes: tuple[int, ...]) -> Rack:
+        return regroup(rack, sizes)
+
     known: dict[tuple, int] = {}
 
     def flops(sizes: tuple[int, ...], phase: Phase) -> int:
@@ -88,9 +92,3 @@ def _stack_dims(stack: Stack, phase: Phase, index: int) -> StackDims:
 def _adapter_entries(blocks: Sequence[Block], phase: Phase, index: int) -> int:
     """Numbers of all adapters on these blocks of stack `index`."""
     return sum(adapter_count(blocks, adapter.spec) for adapter in phase.adapters if adapter.stack == index)
-
-
-@functools.cache
-def _ends(rack: Rack) -> tuple[int, int]:
-    """Numbers of the embedding and of final norm and head."""
-    return count(lambda key: init_embed(rack, key)), count(lambda key: init_head(rack, key))

@@ -148,7 +148,7 @@ class Run:
     def _summary(self) -> dict:
         summary = {
             "run": str(self.setup.run_dir),
-            "plan": self.config.curriculum.plan,
+            "plan": self.config.curriculum.title,
             "phases": [{k: v for k, v in r.items() if k not in ("versions", "formats")} for r in self.recorder.results],
             "held_out_loss": self.recorder.results[-1]["held_out_loss"],
             "bits_per_byte": self.recorder.results[-1]["bits_per_byte"],

@@ -211,8 +211,7 @@ def adapters_for(config: StackWiseConfig, rack: Rack, plan: Plan) -> Source | No
     Raises:
         UsageError: there is no such run, it has no adapters, or they fit this rack or the phases not.
     """
-    entries, key = [config.curriculum, *config.curriculum.plans], "curriculum.adapters.load_from"
-    path = next((entry.adapters.load_from for entry in entries if entry.adapters.load_from is not None), None)
+    path, key = config.curriculum.adapters.load_from, "curriculum.adapters.load_from"
     if path is None:
         return None
     try:
@@ -230,7 +229,13 @@ def adapters_for(config: StackWiseConfig, rack: Rack, plan: Plan) -> Source | No
     check_fits(source, {stack: stack for stack in sorted(there)}, rack, key)
     for item, theirs in source.adapters.items():
         ours = wanted.get(item)
-        if ours is not None and (ours.spec.rank, ours.spec.targets) != (theirs.spec.rank, theirs.spec.targets):
+        if ours is None:
+            raise UsageError(
+                f"{key} {path}: no phase here has its {theirs.name} adapter of stack {theirs.stack}; use the plan that "
+                "made it, or put its adapters into its weights (python -m stackwise_jax.convert --merge_adapters) and "
+                "start from those with run.init_from"
+            )
+        if (ours.spec.rank, ours.spec.targets) != (theirs.spec.rank, theirs.spec.targets):
             raise UsageError(
                 f"{key} {path}: the {theirs.name} adapter of stack {theirs.stack} has rank {theirs.spec.rank} on "
                 f"{', '.join(theirs.spec.targets)} and here rank {ours.spec.rank} on {', '.join(ours.spec.targets)}; "

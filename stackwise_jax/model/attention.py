@@ -1,6 +1,6 @@
 """Multi-head and grouped-query self-attention, over whole sequences and one step at a time with a cache.
 
-Another kind of attention is another file with these four functions; Block chooses between them in one place.
+Another kind of attention is another file with these five functions; Block chooses between them in one place.
 
 Legend: B batch, T sequence, S new positions while decoding, M positions that the cache holds, D d_model, H heads,
 K key/value heads, d head size.
@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from stackwise_jax.model.block import Block
 
 
+def attention_shapes(block: Block) -> dict[str, tuple[int, int]]:
+    """(in, out) of the matrices: q (D, H*d), k and v (D, K*d), o (H*d, D)."""
+    width, kv_width = block.d_model, block.kv_heads * block.head_dim
+    return {"q": (width, width), "k": (width, kv_width), "v": (width, kv_width), "o": (width, width)}
+
+
 def init_attention(block: Block, key: jax.Array) -> Params:
-    """{"q": (D, H*d), "k", "v": (D, K*d), "o": (H*d, D)}, each {"kernel": ...}."""
-    dtype, kv_width = dtype_of(block.param_dtype), block.kv_heads * block.head_dim
-    q_key, k_key, v_key, o_key = (jax.random.fold_in(key, i) for i in range(4))
-    return {
-        "q": {"kernel": init_kernel(q_key, block.d_model, block.d_model, dtype)},
-        "k": {"kernel": init_kernel(k_key, block.d_model, kv_width, dtype)},
-        "v": {"kernel": init_kernel(v_key, block.d_model, kv_width, dtype)},
-        "o": {"kernel": init_kernel(o_key, block.d_model, block.d_model, dtype, RESIDUAL_GAIN)},
-    }
+    """{"q", "k", "v", "o"}, each {"kernel": (in, out)}."""
+    dtype = dtype_of(block.param_dtype)
+    params = {}
+    for i, (name, (n_in, n_out)) in enumerate(attention_shapes(block).items()):
+        gain = RESIDUAL_GAIN if name == "o" else 1.0
+        params[name] = {"kernel": init_kernel(jax.random.fold_in(key, i), n_in, n_out, dtype, gain)}
+    return params
 
 
 def self_attention(

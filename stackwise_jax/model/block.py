@@ -5,17 +5,22 @@ Legend: B batch, T sequence, S new positions while decoding, D d_model.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stackwise_jax.model.attention import cached_attention, init_attention, init_attention_cache, self_attention
-from stackwise_jax.model.mlp import init_mlp, mlp
+from stackwise_jax.model.attention import (
+    attention_shapes,
+    cached_attention,
+    init_attention,
+    init_attention_cache,
+    self_attention,
+)
+from stackwise_jax.model.mlp import init_mlp, mlp, mlp_shapes
 from stackwise_jax.model.norm import init_norm, rms_norm
-from stackwise_jax.model.spec import Params, count, dtype_of, module_params, require, unbound
+from stackwise_jax.model.spec import Params, dtype_of, module_params, require
 
 ATTENTION_MODES = ("bidirectional", "causal")
 
@@ -100,6 +105,11 @@ class Block(nn.Module):
         return self.d_model // self.n_heads
 
     @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of each matrix, by name."""
+        return attention_shapes(self) | mlp_shapes(self)
+
+    @property
     def activation_dtype(self) -> Any:
         """The dtype of what goes in and comes out."""
         return dtype_of(self.compute_dtype)
@@ -122,9 +132,9 @@ class Block(nn.Module):
 
     @nn.nowrap
     def parameter_count(self, trainable_only: bool = False) -> int:
-        """Numbers in the block; with `trainable_only` without a frozen up-projection. Nothing is allocated."""
+        """Numbers in the block; with `trainable_only` without a frozen up-projection."""
         fixed = self.d_model * self.d_ff if trainable_only and self.freeze_up_proj else 0
-        return _size(unbound(self)) - fixed
+        return sum(n_in * n_out for n_in, n_out in self.matrices.values()) + 2 * self.d_model - fixed
 
     def __call__(
         self,
@@ -192,8 +202,3 @@ def check_mode(mode: str) -> str:
         f"attention mode '{mode}' is unknown (model.attention_mode); write one of {[*ATTENTION_MODES]}",
     )
     return mode
-
-
-@functools.cache
-def _size(block: Block) -> int:
-    return count(block.init_params)

@@ -16,15 +16,20 @@ if TYPE_CHECKING:
     from stackwise_jax.model.block import Block
 
 
+def mlp_shapes(block: Block) -> dict[str, tuple[int, int]]:
+    """(in, out) of the matrices: gate and up (D, F), down (F, D)."""
+    wide = (block.d_model, block.d_ff)
+    return {"gate": wide, "up": wide, "down": wide[::-1]}
+
+
 def init_mlp(block: Block, key: jax.Array) -> Params:
-    """{"gate", "up": (D, F), "down": (F, D)}. With freeze_up_proj `up` stays as it is made here."""
+    """{"gate", "up", "down"}, each {"kernel": (in, out)}. With freeze_up_proj `up` stays as it is made here."""
     dtype = dtype_of(block.param_dtype)
-    gate_key, up_key, down_key = (jax.random.fold_in(key, i) for i in range(3))
-    return {
-        "gate": {"kernel": init_kernel(gate_key, block.d_model, block.d_ff, dtype)},
-        "up": {"kernel": init_kernel(up_key, block.d_model, block.d_ff, dtype)},
-        "down": {"kernel": init_kernel(down_key, block.d_ff, block.d_model, dtype, RESIDUAL_GAIN)},
-    }
+    params = {}
+    for i, (name, (n_in, n_out)) in enumerate(mlp_shapes(block).items()):
+        gain = RESIDUAL_GAIN if name == "down" else 1.0
+        params[name] = {"kernel": init_kernel(jax.random.fold_in(key, i), n_in, n_out, dtype, gain)}
+    return params
 
 
 def mlp(block: Block, params: Params, x_BTD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:

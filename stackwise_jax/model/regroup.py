@@ -91,7 +91,9 @@ def regroup(rack: Rack, sizes: Sequence[int]) -> Rack:
 
 def regroup_params(rack: Rack, params: Params, sizes: Sequence[int]) -> Params:
     """The parameters of `rack` as those of `regroup(rack, sizes)`, which is bitwise the same model."""
-    trees = [tree for i, stack in enumerate(rack.stacks) for tree in unstack_blocks(stack, params["stacks"][stack_name(i)])]
+    trees = [
+        tree for i, stack in enumerate(rack.stacks) for tree in unstack_blocks(stack, params["stacks"][stack_name(i)])
+    ]
     stacks, start = {}, 0
     for index, stack in enumerate(regroup(rack, sizes).stacks):
         size = len(stack.blocks)

@@ -89,17 +89,19 @@ def _print_config(config: Mapping[str, Any], console: Console) -> None:
         f"d_model {get('model.d_model')}, {get('model.n_heads')} heads, {get('model.attention_preset')}",
         soft_wrap=True,
     )
+    plans = [entry.get("plan") for entry in get("curriculum.plans") or [] if isinstance(entry, Mapping)]
+    plan = " + ".join(map(str, plans)) or get("curriculum.plan")
     console.print(
-        f"  {get('objective.kind')}, plan {get('curriculum.plan')}, {get('optimizer.name')} at {get('optimizer.lr')}, "
+        f"  {get('objective.kind')}, plan {plan}, {get('optimizer.name')} at {get('optimizer.lr')}, "
         f"text {get('data.path') or get('data.source')}, {get('tokenizer.kind')} tokens",
         soft_wrap=True,
     )
 
 
 def _learns(phase: Mapping[str, Any]) -> list:
-    """Embedding, head and the ids of the stacks that learn in a phase of phases.json."""
+    """Embedding, head and the ids of the stacks that learn in a phase of phases.json; ~ where only adapters do."""
     parts = [name for name, key in (("embed", "train_embed"), ("head", "train_head")) if phase.get(key)]
-    return parts + list(phase.get("train") or [])
+    return parts + list(phase.get("train") or []) + [f"~{stack}" for stack in phase.get("adapt") or []]
 
 
 def _alike(items: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:

@@ -104,6 +104,14 @@ def generate_depth(
     """
     filters = Filters(temperature, top_k, top_p)
     check_order(order)
+    _check_fits(rack, levels)
+    row = masked_row(prompt_ids, length, vocab)
+    counts_K = depth_counts(length, levels)
+    how = {"rack": rack, "filters": filters, "order": order, "allowed_V": allowed_ids(vocab, rack.vocab_size)}
+    return np.asarray(_descend(rack, params, row, counts_K, key, attention_mode, how))[: row.n_real]
+
+
+def _check_fits(rack: Rack, levels: Sequence[float]) -> None:
     if len(levels) != len(rack.stacks):
         raise UsageError(
             f"levels has {len(levels)} entries for {len(rack.stacks)} stacks; write one for each, from the input"
@@ -113,10 +121,6 @@ def generate_depth(
             "the rack takes the hidden share as an input (objective.time input), levels are for objective.time depth; "
             "leave levels out"
         )
-    row = masked_row(prompt_ids, length, vocab)
-    counts_K = depth_counts(length, levels)
-    how = {"rack": rack, "filters": filters, "order": order, "allowed_V": allowed_ids(vocab, rack.vocab_size)}
-    return np.asarray(_descend(rack, params, row, counts_K, key, attention_mode, how))[: row.n_real]
 
 
 def _descend(

@@ -110,11 +110,8 @@ def generate_independent(
         )
     row = masked_row(prompt_ids, length, vocab)
     spans = expert_spans(length, row.n_real, intervals)
-    passes = [1] * len(spans)
-    if steps is not None:
-        if steps < 1:
-            raise UsageError(f"steps is {steps}; write at least 1")
-        passes = spread_steps(steps, [size for _, size in spans], "racks that each settle some of the tokens")
+    steps = len(spans) if steps is None else steps
+    passes = spread_steps(steps, [size for _, size in spans], "racks that each settle some of the tokens")
     state = (row.tokens_T, row.masked_T)
     for (i, size), n in zip(spans, passes, strict=True):
         rack, params = experts[i][2:]

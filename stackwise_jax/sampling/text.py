@@ -85,23 +85,38 @@ def sample(
         "vocab": vocab_of(tokenizer),
         "key": jax.random.key(seed % 2**32),
     }
-    given = {"steps": steps, "block_size": block_size, "order": order}
     if objective_kind == "clm":
+        given = {"steps": steps, "block_size": block_size, "order": order}
         _refuse(given, "the model was trained left to right (clm) and has no masks to fill")
         stop_ids = (tokenizer.eos_id, tokenizer.bos_id)
         ids = generate_causal(rack, params, prompt_ids, max_tokens=max_tokens, stop_ids=stop_ids, **how)
-        return Sample(tokenizer.decode(ids), n_prompt=len(prompt_ids), n_new=len(ids) - len(prompt_ids))
-    filling = {"length": max_tokens, "order": order or "confidence", "attention_mode": attention_mode}
+    else:
+        how |= {"length": max_tokens, "order": order or "confidence", "attention_mode": attention_mode}
+        how |= {"levels": levels, "experts": experts, "steps": steps, "block_size": block_size}
+        ids = _fill_masks(rack, params, prompt_ids, **how)
+    return Sample(tokenizer.decode(ids), n_prompt=len(prompt_ids), n_new=len(ids) - len(prompt_ids))
+
+
+def _fill_masks(
+    rack: Rack,
+    params: Mapping[str, Any],
+    prompt_ids: np.ndarray,
+    *,
+    levels: Sequence[float] | None,
+    experts: Sequence[Expert],
+    steps: int | None,
+    block_size: int | None,
+    **how: Any,
+) -> np.ndarray:
+    """The ids (P + max_tokens,) of the prompt and what is filled in behind it, in the way that fits the model."""
     if experts:
         _refuse({"block_size": block_size}, "racks that were trained apart take turns by the share that is hidden")
-        ids = generate_independent(experts, prompt_ids, steps=steps, **filling, **how)
-    elif levels is not None:
+        return generate_independent(experts, prompt_ids, steps=steps, **how)
+    if levels is not None:
         passes = {"steps": steps, "block_size": block_size}
         _refuse(passes, "the model's depth is its time (objective.time depth), so it fills all masks in one pass")
-        ids = generate_depth(rack, params, prompt_ids, levels=levels, **filling, **how)
-    else:
-        ids = generate_unmask(rack, params, prompt_ids, steps=steps, block_size=block_size, **filling, **how)
-    return Sample(tokenizer.decode(ids), n_prompt=len(prompt_ids), n_new=len(ids) - len(prompt_ids))
+        return generate_depth(rack, params, prompt_ids, levels=levels, **how)
+    return generate_unmask(rack, params, prompt_ids, steps=steps, block_size=block_size, **how)
 
 
 def _refuse(options: Mapping[str, Any], why: str) -> None:
