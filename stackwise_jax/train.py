@@ -127,20 +127,11 @@ def text_sample(config: StackWiseConfig, run_dir: Path) -> str | None:
 
     if config.run.sample_tokens == 0 or jax.process_count() > 1:
         return None
-    from stackwise_jax.engine import load_rack
-    from stackwise_jax.sampling import sample_text
+    from stackwise_jax.engine import load_experts
+    from stackwise_jax.sampling import model_of, sample_text
 
-    loaded = load_rack(run_dir)
-    return sample_text(
-        loaded.rack,
-        loaded.params,
-        loaded.tokenizer,
-        config.run.sample_prompt,
-        objective_kind=loaded.objective_kind,
-        attention_mode=loaded.attention_mode,
-        max_tokens=config.run.sample_tokens,
-        seed=config.run.seed,
-    )
+    how = {"max_tokens": config.run.sample_tokens, "seed": config.run.seed}
+    return sample_text(**model_of(load_experts(run_dir)), prompt=config.run.sample_prompt, **how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

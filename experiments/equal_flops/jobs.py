@@ -81,18 +81,18 @@ class Runner:
             KeyboardInterrupt: after all runs in progress have saved their state.
         """
         waiting = [job for job in dict.fromkeys(jobs) if job not in self.failed and not self._read(job)]
-        running: dict[str, tuple[Job, subprocess.Popen]] = {}
+        running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
         try:
             while waiting or running:
-                for slot in self._slots:
+                for slot, cores in enumerate(self._slots):
                     if slot not in running and waiting:
-                        running[slot] = (waiting[0], self._start(waiting.pop(0), slot))
+                        running[slot] = (waiting[0], self._start(waiting.pop(0), cores))
                 time.sleep(0.2)
                 for slot, (job, process) in list(running.items()):
                     if process.poll() is not None:
                         del running[slot]
                         self._finish(job, process.returncode)
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C above all
             self._stop([process for _, process in running.values()])
             raise
 
@@ -104,10 +104,11 @@ class Runner:
         if not file.exists():
             return False
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["overrides"] != settings.overrides(job):
-            other = next(iter(sorted(set(found["overrides"]) ^ set(settings.overrides(job)))))
+        differing = set(found["overrides"]) ^ set(settings.overrides(job))
+        if differing := sorted(key for key in differing if not key.startswith("--run.dir=")):  # it may have been moved
             raise UsageError(
-                f"{file} is of a run with other settings ({other}); give the same ones again, or another --out"
+                f"{file} is of a run with other settings ({', '.join(differing)}); give the same ones again, or "
+                "another --out"
             )
         if (found["eval_batches"], found["draws"]) != (settings.eval_batches, settings.draws):
             return False  # it is only measured again
@@ -127,7 +128,7 @@ class Runner:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         } | os.environ
-        with open(self._log(job), "w", encoding="utf-8") as log:
+        with open(self._log(job), "a", encoding="utf-8") as log:
             # In a session of its own: the Ctrl-C of the terminal reaches it through `_stop` alone, once.
             return subprocess.Popen(
                 [*command, "--", *settings.overrides(job)],

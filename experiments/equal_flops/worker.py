@@ -68,9 +68,11 @@ def train_and_measure(overrides: list[str], eval_batches: int, draws: int) -> di
     finally:
         reporter.close()
     experts = load_experts(run_dir)
-    dataset, how = held_out_text(experts[-1]), {"limit": eval_batches, "draws": draws}
-    several = len(experts) > 1
-    quality = evaluate_experts(experts, dataset, **how) if several else evaluate_run(experts[0], dataset, **how)
+    dataset = held_out_text(experts[-1])
+    if len(experts) > 1:
+        quality = evaluate_experts(experts, dataset, limit=eval_batches, draws=draws)
+    else:
+        quality = evaluate_run(experts[0], dataset, limit=eval_batches, draws=draws)
     return {
         "bits_per_byte": quality["bits_per_byte"],
         "standard_error": quality["standard_error"],

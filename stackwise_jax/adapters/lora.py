@@ -114,14 +114,12 @@ def merge_adapters(stack_params: Params, adapter_tree: Params) -> Params:
 
 
 def _merge_kernel(kernel_IO: Any, adapter: Params) -> jax.Array:
-    a_IR, b_RO = adapter["a"], adapter["b"]
-    shape = (*a_IR.shape[:-1], b_RO.shape[-1])
-    found = None if kernel_IO is None else kernel_IO.shape
-    if found != shape:
-        raise UsageError(
-            f"an adapter of a matrix of shape {shape} meets one of shape {found}; merge it into a stack like the one "
-            "that it was made for"
-        )
-    a_IR, b_RO, scale = (jnp.asarray(x, jnp.float32) for x in (a_IR, b_RO, adapter["scale"]))
+    a_IR, b_RO, scale = (jnp.asarray(adapter[name], jnp.float32) for name in ("a", "b", "scale"))
     update_IO = jnp.matmul(a_IR, b_RO, precision="highest") * scale[..., None, None]
+    found = getattr(kernel_IO, "shape", None)
+    if found != update_IO.shape:
+        raise UsageError(
+            f"an adapter of a matrix of shape {update_IO.shape} meets one of shape {found}; merge it into a stack like "
+            "the one that it was made for"
+        )
     return (jnp.asarray(kernel_IO, jnp.float32) + update_IO).astype(kernel_IO.dtype)

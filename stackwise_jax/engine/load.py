@@ -104,17 +104,25 @@ def _load(source: Source) -> LoadedRun:
 
 
 def _levels(source: Source) -> tuple[float, ...] | None:
-    """The share hidden when each stack of the path first learned, where every stack has a level of its own."""
+    """The share hidden when each stack of the path first learned, if the rack was built right to left.
+
+    Only then did a stack learn on embeddings, and what lies behind it on its output: what sampling in one pass needs.
+    """
     if source.config.objective.time != "depth":
         return None
-    first = {}
+    first: dict[int, Phase] = {}
     for phase in source.plan.phases[: source.index + 1]:
         for stack in phase.learning:
-            first.setdefault(stack, phase.noise)
-    noises = [first.get(stack) for stack in source.path]
-    if any(noise is None or noise.kind != "fixed" for noise in noises):
-        return None
-    return tuple(noise.low for noise in noises if noise is not None)
+            first.setdefault(stack, phase)
+    levels = []
+    for stack in source.path:
+        phase = first.get(stack)
+        if phase is None or phase.noise.kind != "fixed":
+            return None
+        if not phase.learning.issuperset(phase.path[: phase.path.index(stack)]):
+            return None
+        levels.append(phase.noise.low)
+    return tuple(levels)
 
 
 def _placement(config: StackWiseConfig) -> Placement:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def mlp_shapes(block: Block) -> dict[str, tuple[int, int]]:
     """(in, out) of the matrices: gate and up (D, F), down (F, D)."""
-    wide = (block.d_model, block.d_ff)
-    return {"gate": wide, "up": wide, "down": wide[::-1]}
+    wide, narrow = (block.d_model, block.d_ff), (block.d_ff, block.d_model)
+    return {"gate": wide, "up": wide, "down": narrow}
 
 
 def init_mlp(block: Block, key: jax.Array) -> Params:

@@ -78,13 +78,8 @@ def sample(
         UsageError: an argument out of its range, or one that the model's way of sampling does not have.
     """
     prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
-    how = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "vocab": vocab_of(tokenizer),
-        "key": jax.random.key(seed % 2**32),
-    }
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    how |= {"vocab": vocab_of(tokenizer), "key": jax.random.key(seed % 2**32)}
     if objective_kind == "clm":
         given = {"steps": steps, "block_size": block_size, "order": order}
         _refuse(given, "the model was trained left to right (clm) and has no masks to fill")
