@@ -130,7 +130,7 @@ def text_sample(config: StackWiseConfig, run_dir: Path) -> str | None:
     from stackwise_jax.engine import load_experts
     from stackwise_jax.sampling import model_of, sample_text
 
-    how = {"max_tokens": config.run.sample_tokens, "seed": config.run.seed}
+    how: dict[str, Any] = {"max_tokens": config.run.sample_tokens, "seed": config.run.seed}
     return sample_text(**model_of(load_experts(run_dir)), prompt=config.run.sample_prompt, **how)
 
 

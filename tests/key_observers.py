@@ -87,6 +87,19 @@ def paths(config: StackWiseConfig) -> Any:
     return learns, [len(stack.blocks) for stack in parts.rack.stacks], parts.plan.start
 
 
+def phases(config: StackWiseConfig) -> Any:
+    """The phases themselves: noise, adapters, how new stacks begin, what goes on over the borders."""
+    return [repr(phase) for phase in built(config).plan.phases]
+
+
+def sources(config: StackWiseConfig) -> Any:
+    """Which weights of another run are taken, for which stacks, and whose adapters."""
+    parts = built(config)
+    origin, adapters = parts.origin, parts.adapters
+    taken = origin and (str(origin.source.run_dir), origin.stacks, origin.source.versions)
+    return taken, adapters and sorted(adapters.adapters)
+
+
 def names(config: StackWiseConfig) -> Any:
     """What the phases are called in all that is written."""
     return [phase.name for phase in built(config).plan.phases]

@@ -1,4 +1,4 @@
-"""The command that writes a run's rack in another shape: the same numbers in other stacks, with everything following."""
+"""The command that writes a run's rack in another shape: the same numbers in other stacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stackwise_jax import convert, evaluate, generate, inspect
 from stackwise_jax.engine import load_rack
 from stackwise_jax.engine.convert import Changes, convert_run
 from stackwise_jax.engine.source import Source
-from stackwise_jax.engine.weights import EMBED, HEAD, stack_item
+from stackwise_jax.engine.weights import EMBED, stack_item
 from stackwise_jax.model import split_blocks
 
 TOKENS = np.arange(64).reshape(4, 16) % 60

@@ -25,8 +25,10 @@ from key_observers import (
     initial_values,
     names,
     paths,
+    phases,
     rates,
     resumed,
+    sources,
     steps,
     text,
     tokenizer,
@@ -36,6 +38,7 @@ from stackwise_jax.config import load_config, validate
 from stackwise_jax.config.keys import list_keys, list_names
 from stackwise_jax.config.schema import PhaseConfig, StackWiseConfig
 from stackwise_jax.data.tokenizers import train_sentencepiece
+from stackwise_jax.engine import Run, prepare
 from stackwise_jax.errors import UsageError
 
 TINY = {
@@ -77,11 +80,22 @@ DISK = {"cache.kind": "disk"}
 GROUP = {"mesh.num_processes": 2, "mesh.coordinator": "localhost:1234"}
 PHASES = [{"path": [0], "train": [0], "train_embed": True}, {"path": [0, 1], "train": [1]}]
 CUSTOM = {"curriculum.plan": "custom", "curriculum.phases": PHASES}
+FROM = {"run.init_from": "origin"}
+PREPEND, GROW = {"curriculum.plan": "prepend"}, {"curriculum.plan": "grow"}
+DEPTH = PREPEND | {"objective.kind": "diffusion", "objective.time": "depth"}
+INDEPENDENT = {"curriculum.plan": "independent", "objective.kind": "diffusion"}
+THREE = {"model.architecture.n_stacks": 3}
+ADAPT = {"curriculum.trunk": "adapt"}
+PATTERN = ADAPT | THREE | {"curriculum.adapters.strategy": "progressive"}
+TABLE = ADAPT | {"curriculum.adapters.strategy": "variable", "curriculum.adapters.table": [{"rank": 2}, {"rank": 2}]}
 
 CASES = {
     "run.dir": Case("elsewhere", directory),
     "run.name": Case("other", directory),
     "run.seed": Case(1, text),
+    "run.init_from": Case("origin", sources),
+    "run.init_depth": Case(1, sources, FROM),
+    "run.init_stacks": Case([1], sources, FROM),
     "run.resume": Case("never", resumed),
     "run.save_every": Case(0, behaviour, RUN),
     "run.keep": Case(1, behaviour, RUN),
@@ -119,6 +133,9 @@ CASES = {
     "model.freeze_up_proj": Case(False, steps, END_TO_END),
     "model.tie_embeddings": Case(True, steps, END_TO_END),
     "model.norm_eps": Case(1e-5, steps, END_TO_END),
+    "model.residual_gain": Case(0.5, steps, END_TO_END),
+    "model.spectral_norm": Case(1.0, steps, END_TO_END),
+    "model.time_embedding": Case("learned", steps, DIFFUSION | {"objective.time": "input"}),
     "model.init_std": Case(0.05, initial_values),
     "model.param_dtype": Case("bf16", steps, END_TO_END),
     "model.compute_dtype": Case("bf16", steps, END_TO_END),
@@ -131,6 +148,9 @@ CASES = {
     "objective.min_fraction": Case(0.3, steps, DIFFUSION),
     "objective.max_fraction": Case(0.6, steps, DIFFUSION),
     "objective.schedule": Case("cosine", steps, DIFFUSION),
+    "objective.time": Case("input", steps, DIFFUSION),
+    "objective.levels": Case([0.8, 0.2], phases, DEPTH),
+    "objective.interval_overlap": Case(0.5, phases, INDEPENDENT),
     "objective.corruption": Case("fresh", cache_choice, {"objective.kind": "mlm"}),
     "objective.attention_mode": Case("causal", steps, MLM),
     "curriculum.plan": Case("append", paths),
@@ -138,6 +158,38 @@ CASES = {
     "curriculum.block_size": Case(1, paths, {"curriculum.plan": "blockwise"}),
     "curriculum.frozen": Case("bf16", steps, {"curriculum.plan": "custom", "curriculum.phases": [{"train": [0]}]}),
     "curriculum.phases": Case(PHASES[:1], paths, CUSTOM),
+    "curriculum.steps_growth": Case(2.0, rates),
+    "curriculum.stages": Case([{"steps": 3}], rates),
+    "curriculum.frozen_stacks": Case(["bf16", "fp32"], steps, PREPEND),
+    "curriculum.stacks_per_stage": Case([2], paths),
+    "curriculum.init": Case("copy", phases, GROW),
+    "curriculum.overlap": Case(1, paths),
+    "curriculum.train_embed": Case("always", paths),
+    "curriculum.train_head": Case("first", paths),
+    "curriculum.decay": Case("last", rates),
+    "curriculum.optimizer_state": Case("reset", phases, GROW),
+    "curriculum.trunk": Case("adapt", paths),
+    "curriculum.rounds": Case(2, paths, {"curriculum.plan": "cycle"}),
+    "curriculum.last_learns": Case(False, paths, THREE | {"curriculum.plan": "keep_last"}),
+    "curriculum.learn": Case([0], paths, {"curriculum.plan": "fusion"}),
+    "curriculum.consistency": Case(0.5, steps, PREPEND),
+    "curriculum.adapters.rank": Case(4, steps, ADAPT),
+    "curriculum.adapters.alpha": Case(4.0, phases, ADAPT),
+    "curriculum.adapters.trunk_rank": Case(2, steps, ADAPT),
+    "curriculum.adapters.trunk_alpha": Case(4.0, phases, ADAPT),
+    "curriculum.adapters.dropout": Case(0.1, steps, ADAPT),
+    "curriculum.adapters.targets": Case(["q"], steps, ADAPT),
+    "curriculum.adapters.strategy": Case(
+        "progressive", phases, PATTERN | {"curriculum.adapters.strategy": "simplified"}
+    ),
+    "curriculum.adapters.rank_pattern": Case("increasing", phases, PATTERN),
+    "curriculum.adapters.alpha_pattern": Case("increasing", phases, PATTERN),
+    "curriculum.adapters.table": Case([{"rank": 2}, {"rank": 3}], phases, TABLE),
+    "curriculum.adapters.lr": Case(1e-4, steps, ADAPT),
+    "curriculum.adapters.merge": Case(True, phases, ADAPT | THREE),
+    "curriculum.adapters.load_from": Case("adapted", sources, ADAPT),
+    "curriculum.budget": Case("60 steps", rates),
+    "curriculum.plans": Case([{"plan": "rackwise"}], paths, {"curriculum.steps": 200}),
     "optimizer.name": Case("lion", steps, END_TO_END),
     "optimizer.lr": Case(5e-3, rates),
     "optimizer.schedule": Case("cosine", rates),
@@ -173,6 +225,12 @@ PHASE_CASES = {
     "lr": Case(5e-3, rates),
     "frozen": Case("bf16", steps, {"train": [0]}),
     "objective": Case({"kind": "mlm"}, steps),
+    "adapt": Case([0], paths),
+    "level": Case(0.5, phases, {"objective": {"kind": "diffusion"}}),
+    "optimizer": Case({"name": "lion"}, steps),
+    "init": Case("zero", phases),
+    "keep_optimizer": Case(True, phases),
+    "merge_adapters": Case(True, phases, {"adapt": [0]}),
 }
 
 
@@ -185,8 +243,8 @@ def case_of(key: str) -> tuple[Observer, Settings, Settings]:
     section, _, name = inner.rpartition(".")
     if section:
         value, observe, base = CASES[inner]
-        objective = {k.split(".")[1]: v for k, v in base.items() if k.startswith("objective.")}
-        before, after = {"objective": objective}, {"objective": objective | {name: value}}
+        own = {k.split(".")[1]: v for k, v in base.items() if k.startswith(f"{section}.")}
+        before, after = {section: own}, {section: own | {name: value}}
     else:
         value, observe, before = PHASE_CASES[inner]
         after = before | {inner: value}
@@ -199,8 +257,12 @@ KEYS = [key.name for key in list_keys()] + list(list_names(PhaseConfig, "curricu
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """The files that the cases name: text, JSON lines and two SentencePiece models."""
+    """The files that the cases name: text, JSON lines, two SentencePiece models, and two runs."""
     folder = tmp_path_factory.mktemp("files")
+    for name, changes in {"origin": {}, "adapted": ADAPT}.items():
+        short = {"curriculum.steps": 1, "run.tensorboard": False, "run.eval_batches": 1}
+        config = configure(TINY | short | changes)
+        Run(prepare(config, folder / name)).train()
     words = np.random.default_rng(0).integers(97, 123, (400, 5)).astype(np.uint8)
     words = [bytes(word).decode() for word in words]
     for name, part in {"a": words[:250], "b": words[250:]}.items():

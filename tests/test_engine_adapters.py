@@ -101,7 +101,9 @@ def test_adapter_dropout_drops_and_only_in_training(tmp_path):
     assert found[0.0][5:] != found[0.5][5:]
     loaded = load_rack(tmp_path / "0.5")
     tokens = np.arange(32).reshape(2, 16)
-    assert same_bits(loaded.rack.apply({"params": loaded.params}, tokens), loaded.rack.apply({"params": loaded.params}, tokens))
+    assert same_bits(
+        loaded.rack.apply({"params": loaded.params}, tokens), loaded.rack.apply({"params": loaded.params}, tokens)
+    )
 
 
 # Merging.
@@ -114,7 +116,9 @@ def test_merged_adapters_compute_what_unmerged_ones_do(adapted, tmp_path):
     apart, merged = load_rack(adapted), load_rack(tmp_path / "merged")
     tokens = np.arange(64).reshape(4, 16)
     a, b = (run.rack.apply({"params": run.params}, tokens) for run in (apart, merged))
-    assert "adapters" in str(jax.tree.structure(apart.params)) and "adapters" not in str(jax.tree.structure(merged.params))
+    assert "adapters" in str(jax.tree.structure(apart.params)) and "adapters" not in str(
+        jax.tree.structure(merged.params)
+    )
     np.testing.assert_allclose(a, b, atol=1e-5)
     base = apart.rack.apply({"params": without_adapters(apart.params)}, tokens)
     assert np.abs(np.asarray(a - base)).max() > 1e-3

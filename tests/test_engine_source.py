@@ -41,7 +41,9 @@ def begun(config, run_dir: Path) -> dict:
 
 def test_a_run_goes_on_from_the_weights_of_another(origin, tmp_path):
     items = saved(origin)
-    start = begun(tiny("curriculum.plan=joint", "model.architecture.n_stacks=3", f"run.init_from={origin}"), tmp_path / "r")
+    start = begun(
+        tiny("curriculum.plan=joint", "model.architecture.n_stacks=3", f"run.init_from={origin}"), tmp_path / "r"
+    )
     for item in (EMBED, HEAD, *map(stack_item, range(3))):
         assert same_bits(start[item], items[item]), item
     assert start["loss"] == pytest.approx(summary(origin)["held_out_loss"], rel=1e-6)
@@ -75,7 +77,12 @@ def test_a_causal_rack_is_evaluated_and_tuned_as_a_bidirectional_one(origin, kin
     task = task_of(loaded, kind)
     assert task.attention_mode == "bidirectional"
     before = evaluate_run(loaded, text, task=task, limit=8, draws=2)["loss"]
-    tune = ["curriculum.plan=joint", "model.architecture.n_stacks=3", f"run.init_from={origin}", f"objective.kind={kind}"]
+    tune = [
+        "curriculum.plan=joint",
+        "model.architecture.n_stacks=3",
+        f"run.init_from={origin}",
+        f"objective.kind={kind}",
+    ]
     train(tiny(*tune, "curriculum.steps=40"), tmp_path / "run")
     tuned = load_rack(tmp_path / "run")
     after = evaluate_run(tuned, text, task=task_of(tuned, kind), limit=8, draws=2)["loss"]

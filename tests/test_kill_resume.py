@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -228,3 +229,34 @@ def test_what_a_kill_before_the_first_record_leaves_is_begun_anew(tmp_path, env,
     (early / "phases.json.tmp").write_text("[")
     finish(start("train", *arguments(HOST, dir=early), env=env))
     assert_same_end(early, whole(HOST))
+
+
+DIFFUSION = {"objective.kind": "diffusion", "objective.noise": "elbo"}
+ADAPT = {"curriculum.trunk": "adapt", "curriculum.adapters.merge": "true", "curriculum.adapters.dropout": 0.1}
+PLANS = {
+    "rackwise": {},
+    "layerwise": {},
+    "blockwise": {"curriculum.block_size": 1},
+    "append": ADAPT | {"curriculum.frozen": "bf16"},
+    "prepend": DIFFUSION | {"objective.time": "depth", "objective.noise": "range", "curriculum.consistency": 0.1},
+    "grow": {"curriculum.init": "copy", "curriculum.optimizer_state": "keep"},
+    "keep_last": {"curriculum.init": "zero"},
+    "cycle": {"curriculum.rounds": 2, "optimizer.name": "muon"},
+    "independent": DIFFUSION | {"objective.interval_overlap": 0.2},
+    "fusion": {"curriculum.learn": "[0, 2]", "curriculum.trunk": "adapt"},
+    "joint": DIFFUSION | {"objective.time": "input"},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_killed_after_a_border_ends_as_if_it_never_was(plan, tmp_path, env, whole):
+    """Killed in the middle of its last phase: what the borders made, merged and handed on is found again."""
+    changes = {"curriculum.plan": plan, "curriculum.steps": 6, "run.eval_every": 0, **PLANS[plan]}
+    phases = json.loads((whole(changes) / "phases.json").read_text())
+    killed = tmp_path / "killed"
+    process = start("train", *arguments(changes, dir=killed), env=env)
+    assert kill_at(process, killed, within_a_step(phases[-1]["name"], 3))
+    last = progress(killed)
+    assert last is not None and not last.finished
+    finish(start("train", *arguments(changes, dir=killed), env=env))
+    assert_same_end(killed, whole(changes))

@@ -124,7 +124,7 @@ RECIPES: dict[str, Recipe] = {
     "diffusion-control-2of6": _control(2, measure="mask diffusion"),
     "diffusion-append-2of6": Recipe("a new stack on a frozen trunk", APPEND, measure="mask diffusion"),
     "diffusion-independent-2of6": Recipe(
-        "three denoisers, each for a third of the noise, with embedding and head as they were then; the sum of their bounds",
+        "three denoisers, each for a third of the noise, with the embedding and head of its phase; their bounds add up",
         ("--curriculum.plan=independent",),
         measure="mask diffusion",
     ),

@@ -72,7 +72,7 @@ def _init_alike(block: Block, name: str, spec: AdapterSpec, keys_L: jax.Array) -
 
 def adapter_count(blocks: Sequence[Block], spec: AdapterSpec) -> int:
     """Numbers of an adapter on these blocks that learn: the entries of a and b."""
-    shapes = [block.matrices[name] for block in blocks for name in spec.targets]
+    shapes = [shape for block in blocks for name, shape in block.matrices.items() if name in spec.targets]
     return spec.rank * sum(n_in + n_out for n_in, n_out in shapes)
 
 

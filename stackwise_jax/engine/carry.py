@@ -59,7 +59,7 @@ def _latest(leaf: jax.Array, found: list[jax.Array]) -> jax.Array:
 
 def _owners(path: tuple, leaf: Any, window: Window) -> list[tuple[str, str, Any]]:
     """(item, name, part of the leaf) for each item that a leaf of the optimizer state belongs to."""
-    keys = [getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))) for entry in path]
+    keys: list[Any] = [getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))) for entry in path]
     start = next((i for i, key in enumerate(keys) if key in (EMBED, HEAD, "stacks")), None)
     if start is None:
         return [(SHARED, "/".join(map(str, keys)), leaf)]

@@ -30,7 +30,7 @@ class Window:
             indices = list(run)
             groups, sizes = merge_alike([rack.stacks[i] for i in indices])
             self.groups += groups
-            self.learns += [learns] * len(groups)
+            self.learns.extend(itertools.repeat(learns, len(groups)))
             rest = iter(indices)
             self.ids += [list(itertools.islice(rest, len(group_sizes))) for group_sizes in sizes]
         self._sizes = [tuple(len(rack.stacks[i].blocks) for i in ids) for ids in self.ids]
