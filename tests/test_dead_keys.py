@@ -87,6 +87,7 @@ INDEPENDENT = {"curriculum.plan": "independent", "objective.kind": "diffusion"}
 THREE = {"model.architecture.n_stacks": 3}
 ADAPT = {"curriculum.trunk": "adapt"}
 PATTERN = ADAPT | THREE | {"curriculum.adapters.strategy": "progressive"}
+SIMPLE = ADAPT | THREE | {"curriculum.adapters.rank_pattern": "increasing"}
 TABLE = ADAPT | {"curriculum.adapters.strategy": "variable", "curriculum.adapters.table": [{"rank": 2}, {"rank": 2}]}
 
 CASES = {
@@ -160,7 +161,7 @@ CASES = {
     "curriculum.phases": Case(PHASES[:1], paths, CUSTOM),
     "curriculum.steps_growth": Case(2.0, rates),
     "curriculum.stages": Case([{"steps": 3}], rates),
-    "curriculum.frozen_stacks": Case(["bf16", "fp32"], steps, PREPEND),
+    "curriculum.frozen_stacks": Case(["fp32", "bf16"], steps, PREPEND),
     "curriculum.stacks_per_stage": Case([2], paths),
     "curriculum.init": Case("copy", phases, GROW),
     "curriculum.overlap": Case(1, paths),
@@ -179,12 +180,10 @@ CASES = {
     "curriculum.adapters.trunk_alpha": Case(4.0, phases, ADAPT),
     "curriculum.adapters.dropout": Case(0.1, steps, ADAPT),
     "curriculum.adapters.targets": Case(["q"], steps, ADAPT),
-    "curriculum.adapters.strategy": Case(
-        "progressive", phases, PATTERN | {"curriculum.adapters.strategy": "simplified"}
-    ),
+    "curriculum.adapters.strategy": Case("progressive", phases, SIMPLE),
     "curriculum.adapters.rank_pattern": Case("increasing", phases, PATTERN),
     "curriculum.adapters.alpha_pattern": Case("increasing", phases, PATTERN),
-    "curriculum.adapters.table": Case([{"rank": 2}, {"rank": 3}], phases, TABLE),
+    "curriculum.adapters.table": Case([{"rank": 3}, {"rank": 2}], phases, TABLE),
     "curriculum.adapters.lr": Case(1e-4, steps, ADAPT),
     "curriculum.adapters.merge": Case(True, phases, ADAPT | THREE),
     "curriculum.adapters.load_from": Case("adapted", sources, ADAPT),

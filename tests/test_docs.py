@@ -5,6 +5,7 @@ Run as a program, this file writes docs/configuration.md anew: python3 tests/tes
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -18,7 +19,14 @@ import pytest
 
 from stackwise_jax.config import load_config, validate
 from stackwise_jax.config.keys import describe, list_keys, list_names
-from stackwise_jax.config.schema import PhaseConfig, StackWiseConfig
+from stackwise_jax.config.schema import (
+    AdapterRow,
+    PhaseConfig,
+    PlanConfig,
+    PlanEntryConfig,
+    StackWiseConfig,
+    StageConfig,
+)
 from stackwise_jax.curriculum import PLANS, format_phase_table, make_plan, plans
 from stackwise_jax.engine import directory
 from stackwise_jax.model import PRESETS
@@ -34,6 +42,12 @@ RUN_ENTRIES = {
     *(directory.CHECKPOINTS, directory.TENSORBOARD, directory.CACHE),
 }
 IN_A_STORE = r"(embed|head|stacks/\d{3}|adapters/\d{3}/\w+|moments|optimizer|progress|arrays|meta\.json)\b"
+ENTRIES = {
+    "curriculum.phases": PhaseConfig,
+    "curriculum.stages": StageConfig,
+    "curriculum.plans": PlanEntryConfig,
+    "curriculum.adapters.table": AdapterRow,
+}
 GENERATED = "<!-- written by tests/test_docs.py from stackwise_jax/config/schema.py -->"
 
 
@@ -46,14 +60,20 @@ def configuration_page() -> str:
         sections.setdefault(key.name.split(".")[0], []).append(key)
     for name, keys in sections.items():
         lines += [f"## {name}", "", type(getattr(StackWiseConfig(), name)).__doc__.split("\n")[0], "", *_table(keys)]
-    lines += ["## Entries of curriculum.phases", "", (PhaseConfig.__doc__ or "").replace("None: ", "null: "), ""]
-    return "\n".join(lines + _table(list_keys(PhaseConfig))).rstrip() + "\n"
+    for name, entry in ENTRIES.items():
+        lines += [f"## Entries of {name}", "", (entry.__doc__ or "").replace("None: ", "null: "), ""]
+        own = {field.name for field in dataclasses.fields(PlanConfig)} if entry is PlanEntryConfig else set()
+        if own:
+            lines += ["The keys of the section curriculum (but for budget and plans), and:", ""]
+        lines += _table([key for key in list_keys(entry) if key.name.split(".")[0] not in own])
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _table(keys: list) -> list[str]:
     rows = ["| key | write | default | meaning |", "|---|---|---|---|"]
     for key in keys:
-        kind = "keys of the section objective, or null" if key.name == "objective" else describe(key.hint)
+        section = key.name in ("objective", "optimizer")
+        kind = f"keys of the section {key.name}, or null" if section else describe(key.hint)
         comment = re.sub(r"([*<|])", r"\\\1", key.comment.replace("None: ", "null: "))
         rows.append(f"| `{key.name}` | {kind} | `{json.dumps(key.default)}` | {comment} |")
     return [*rows, ""]
@@ -151,7 +171,7 @@ def test_yaml_blocks_make_a_plan(block, tmp_path):
     (tmp_path / "config.yaml").write_text(block)
     config = load_config(tmp_path / "config.yaml")
     validate(config)
-    assert plans.make_plan(config).phases
+    assert make_plan(config).phases
 
 
 def anchors(page: Path) -> set[str]:
@@ -281,7 +301,7 @@ if __name__ == "__main__":
     CONFIGURATION.write_text(configuration_page())
 
 
-TABLE = re.compile(r"^<!-- (--curriculum.plan .*) -->\n```text\n(.*?)\n```", re.MULTILINE | re.DOTALL)
+TABLE = re.compile(r"^<!-- (--curriculum.plan [^\n]*) -->\n```text\n(.*?)\n```", re.MULTILINE | re.DOTALL)
 
 
 def test_the_phase_tables_of_the_docs_are_those_of_the_plans():

@@ -63,10 +63,20 @@ def _entries(config: StackWiseConfig) -> list[StackWiseConfig]:
         _refuse_unused(entry.curriculum, where)
         if curriculum.plans and entry.curriculum.adapters.load_from is not None:
             raise UsageError(f"{where}adapters.load_from is for the whole run; write curriculum.adapters.load_from")
-    cut = any(PLANS[entry.curriculum.plan].noise == "cut" for entry in entries)
-    if config.objective.interval_overlap and not cut:
-        raise UsageError("objective.interval_overlap does nothing but in the plan independent; leave it out")
+    _refuse_overlap(config, entries)
     return entries
+
+
+def _refuse_overlap(config: StackWiseConfig, entries: list[StackWiseConfig]) -> None:
+    """Intervals of noise exist only where stacks have their cuts of it."""
+    given = [("", config.objective, any(PLANS[entry.curriculum.plan].noise == "cut" for entry in entries))]
+    for entry in entries:
+        cut = PLANS[entry.curriculum.plan].noise == "cut"
+        own = [*entry.curriculum.stages, *entry.curriculum.phases]
+        given += [("of a phase: ", one.objective, cut) for one in own if one.objective is not None]
+    for where, objective, cut in given:
+        if objective.interval_overlap and not cut:
+            raise UsageError(f"{where}objective.interval_overlap does nothing but in the plan independent; leave it out")
 
 
 def _refuse_unused(curriculum: CurriculumConfig, where: str) -> None:

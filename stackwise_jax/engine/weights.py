@@ -7,6 +7,7 @@ version in the store, and is read back when a later phase lets it learn.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -149,18 +150,20 @@ class Weights:
             self.ensure(source, self.master)
             return self.set(item, jax.tree.map(jnp.copy, self.on_device(source)), self.master)
         shardings = jax.tree.map(lambda x: x.sharding, self.shapes(item, self.master))
-        if item in self.adapters:
-            key = self._root_key if not again else jax.random.fold_in(self._root_key, again)
-            tree = jax.jit(functools.partial(self._make, item), out_shardings=shardings)(key)
-        elif item in (EMBED, HEAD):
+        if item in (EMBED, HEAD):
             tree = jax.jit(functools.partial(self._make, item), out_shardings=shardings)(self._root_key)
         else:
             # One compilation for all stacks of equal shape: the index of the first block is an argument.
             index = int(item.split("/")[1])
+            stack = bare(self.rack.stacks[index])
             first = self.placement.put(np.int32(self._first_block[index]), self.placement.replicated)
-            tree = _init_blocks(bare(self.rack.stacks[index]), self.placement, first, self._root_key)
-            if init == "zero":
-                tree = zero_outputs(self.rack.stacks[index], tree)
+            if item in self.adapters:
+                key = jax.random.fold_in(self._root_key, again) if again else self._root_key
+                tree = _init_adapter(stack, dataclasses.replace(self.adapters[item], stack=0), first, key)
+            else:
+                tree = _init_blocks(stack, self.placement, first, self._root_key)
+                if init == "zero":
+                    tree = zero_outputs(stack, tree)
         self.set(item, self.placement.put(tree, shardings), self.master)
 
     def set(self, item: str, tree: Tree, fmt: str) -> None:
@@ -212,6 +215,9 @@ class Weights:
             whole = all(x.is_fully_addressable for x in jax.tree.leaves(self.trees[item]))
             self._hashes[item] = tree_hash(self.trees[item]) if whole else f"version {self.versions[item]}"
         return self._hashes[item]
+
+
+_init_adapter = jax.jit(init_adapter, static_argnames=("stack", "adapter"))
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "placement"))

@@ -92,9 +92,7 @@ class Task(NamedTuple):
     attention_mode: AttentionMode | None
 
 
-def task_of(
-    loaded: LoadedRun, kind: ObjectiveKind | None = None, attention_mode: AttentionMode | None = None
-) -> Task:
+def task_of(loaded: LoadedRun, kind: ObjectiveKind | None = None, attention_mode: AttentionMode | None = None) -> Task:
     """What the last phase asked of the rack, or another objective or attention.
 
     Args:
