@@ -239,7 +239,7 @@ def test_impossible_entries_are_refused(entries, expected):
         ("append --curriculum.frozen_stacks=[bf16]", "curriculum.frozen_stacks has 1 entries and the rack 4 stacks"),
         (
             "append --objective.interval_overlap=1",
-            "objective.interval_overlap does nothing but in the plan independent",
+            "objective.interval_overlap does nothing outside plan independent",
         ),
         ("independent", "curriculum.plan independent gives each stack its cut of the noise and does not go with"),
         (f"independent {DEPTH}", "curriculum.plan independent gives each stack its cut of the noise and does not"),

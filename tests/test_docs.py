@@ -29,7 +29,8 @@ from stackwise_jax.config.schema import (
 )
 from stackwise_jax.curriculum import PLANS, format_phase_table, make_plan, plans
 from stackwise_jax.engine import directory
-from stackwise_jax.model import PRESETS
+from stackwise_jax.engine.shape import rack_shape
+from stackwise_jax.model import PRESETS, create_rack_from_config
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "stackwise_jax"
@@ -171,7 +172,8 @@ def test_yaml_blocks_make_a_plan(block, tmp_path):
     (tmp_path / "config.yaml").write_text(block)
     config = load_config(tmp_path / "config.yaml")
     validate(config)
-    assert make_plan(config).phases
+    rack = create_rack_from_config(config, vocab_size=260)
+    assert make_plan(config, rack_shape(rack, config.data)).phases
 
 
 def anchors(page: Path) -> set[str]:

@@ -76,7 +76,7 @@ def _refuse_overlap(config: StackWiseConfig, entries: list[StackWiseConfig]) -> 
         given += [("of a phase: ", one.objective, cut) for one in own if one.objective is not None]
     for where, objective, cut in given:
         if objective.interval_overlap and not cut:
-            raise UsageError(f"{where}objective.interval_overlap does nothing but in the plan independent; leave it out")
+            raise UsageError(f"{where}objective.interval_overlap does nothing outside plan independent; leave it out")
 
 
 def _refuse_unused(curriculum: CurriculumConfig, where: str) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from stackwise_jax.errors import UsageError
 from stackwise_jax.model.spec import Params, dtype_of, require
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def check_time(rack: Rack, hidden_B: jax.Array | None, batch: int) -> None:
             "(objective.time input)",
         )
         return
-    require(
-        hidden_B is not None,
-        f"the rack has a {rack.time_embedding} time embedding and hidden_B is missing; give the share of each "
-        "sequence's tokens that is hidden, 0 where none is",
-    )
+    if hidden_B is None:
+        raise UsageError(
+            f"the rack has a {rack.time_embedding} time embedding and hidden_B is missing; give the share of each "
+            "sequence's tokens that is hidden, 0 where none is"
+        )
     shape = jnp.shape(hidden_B)
     require(shape == (batch,), f"hidden_B has the shape {shape} for {batch} sequences; give one share for each")
