@@ -30,8 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapters", metavar="RUN", help="take the adapters of this run instead")
     parser.add_argument("--remove", type=numbers, metavar="K,K", default=(), help="leave these stacks out")
     parser.add_argument("--insert", type=numbers, metavar="P,P", default=(), help="new stacks before these places")
-    parser.add_argument("--init", choices=get_args(StackInit), default="zero", help="how inserted stacks begin")
-    parser.add_argument("--seed", type=int, default=0, help="of inserted stacks")
+    inits = get_args(StackInit)
+    parser.add_argument("--init", choices=inits, help="how inserted stacks begin; not given: zero, the identity")
+    parser.add_argument("--seed", type=int, help="of inserted stacks; not given: 0")
     parser.add_argument("--sizes", type=numbers, metavar="N,N", default=(), help="blocks per stack in the end")
     add_common(parser)
     return parser
@@ -39,16 +40,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Run the command; returns the answer for --json."""
-    if not (args.merge_adapters or args.adapters or args.remove or args.insert or args.sizes or args.depth):
+    changed = args.merge_adapters or args.adapters or args.remove or args.insert or args.sizes
+    if not changed and args.depth is None:
         raise UsageError("nothing to do; add --merge_adapters, --adapters, --depth, --remove, --insert or --sizes")
+    if not args.insert and (args.init is not None or args.seed is not None):
+        raise UsageError("--init and --seed are for new stacks; add --insert, or leave them out")
     from stackwise_jax.engine.convert import Changes, convert_run
     from stackwise_jax.engine.source import Source
 
     changes = Changes(
-        remove=args.remove, insert=args.insert, init=args.init, sizes=args.sizes, merge=args.merge_adapters
+        remove=args.remove,
+        insert=args.insert,
+        init=args.init or "zero",
+        sizes=args.sizes,
+        merge=args.merge_adapters,
     )
     adapters = Source(args.adapters) if args.adapters else None
-    answer = convert_run(Source(args.run, depth=args.depth), Path(args.out), changes, adapters, args.seed)
+    answer = convert_run(Source(args.run, depth=args.depth), Path(args.out), changes, adapters, args.seed or 0)
     blocks = " + ".join(map(str, answer["stacks"]))
     print(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks, {len(answer['adapters'])} adapters")
     return answer

@@ -117,6 +117,7 @@ def test_the_source_stays_as_it_is(run_dir, tmp_path):
         (["--sizes", "6"], ["adapters differ", "--merge_adapters"]),
         (["--sizes", "a"], ["--sizes"]),
         (["--depth", "8"], ["--depth 8", "1 to 3"]),
+        (["--merge_adapters", "--init", "copy"], ["--init", "--insert"]),
     ],
 )
 def test_mistakes_are_told_in_one_sentence_and_leave_nothing(run_dir, argv, words, tmp_path, capsys):

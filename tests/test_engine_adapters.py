@@ -176,6 +176,53 @@ def test_merging_at_a_border_is_not_done_twice_by_a_resumed_run(tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_what_a_merge_makes_does_not_depend_on_how_often_the_run_saves(tmp_path):
+    phases = CUSTOM[:-1] + "  {name: again, path: [0, 1], adapt: [0, 1], train_head: false, merge_adapters: true},\n]"
+    for every in (0, 1):
+        config = tiny("curriculum.plan=custom", f"curriculum.phases={phases}", f"run.save_every={every}")
+        train(config, tmp_path / str(every))
+    assert losses(tmp_path / "0") == losses(tmp_path / "1")
+    assert same_bits(saved(tmp_path / "0"), saved(tmp_path / "1"))
+
+
+def test_merged_adapters_begin_without_the_optimizer_state_of_those_before(tmp_path):
+    begun = {}
+
+    class Spy(Run):
+        def _loop(self, work, executor, start):
+            if work.index == len(self.phases) - 1:
+                begun.update({i: jax.device_get(executor.carried(i)) for i in learning_items(work.phase)})
+            return super()._loop(work, executor, start)
+
+    plan = [*QLORA, "curriculum.overlap=1", "curriculum.adapters.merge=true", "model.architecture.n_stacks=4"]
+    Spy(prepare(tiny(*plan), tmp_path / "run")).train()
+    moments = lambda item: [x for name, x in begun[item].items() if "adapters" in name or "blocks" in name]
+    assert any(item.startswith("adapters/000") for item in begun)
+    for item in begun:
+        if item.startswith("adapters/"):
+            assert not any(x.any() for x in moments(item)), item
+    assert any(x.any() for x in moments(stack_item(2)))  # it goes on
+
+
+def test_a_run_goes_on_with_its_adapters_apart(adapted, tmp_path):
+    """init_from and load_from of one run: the weights as they are, the adapters beside them, nothing twice."""
+    found = {}
+
+    class Spy(Run):
+        def _loop(self, work, executor, start):
+            found["loss"] = self._held_out(work, *executor.evaluated())["loss"]
+            found.update(jax.device_get(executor.learned()))
+            return super()._loop(work, executor, start)
+
+    both = [f"run.init_from={adapted}", f"curriculum.adapters.load_from={adapted}"]
+    phases = "[{adapt: [0, 1], train_head: false}]"
+    Spy(prepare(tiny("curriculum.plan=custom", f"curriculum.phases={phases}", *both), tmp_path / "run")).train()
+    assert found["loss"] == pytest.approx(summary(adapted)["held_out_loss"], abs=1e-6)
+    items = saved(adapted)
+    assert same_bits(saved(tmp_path / "run")[stack_item(0)], items[stack_item(0)])
+    assert same_bits(found["adapters/000/stack"], items["adapters/000/stack"])
+
+
 # On another rack.
 
 
@@ -201,6 +248,8 @@ def test_adapters_are_put_on_another_rack_of_the_same_shape(adapted, tmp_path):
         (["model.d_model=64"], ["load_from", "d_model is 32 and here it is 64"]),
         (["model.d_ff=64"], ["load_from", "d_ff", "model.d_ff 48"]),
         (["curriculum.adapters.rank=3", "curriculum.adapters.trunk_rank=3"], ["rank 3", "adapters section"]),
+        (["curriculum.adapters.alpha=64"], ["alpha 16", "alpha 64"]),
+        (["curriculum.adapters.dropout=0.1"], ["dropout 0 on", "dropout 0.1 on"]),
         (["model.architecture.n_stacks=1", "curriculum.phases=[{adapt: [0]}]"], ["sits on", "load_from"]),
         (["curriculum.phases=[{train: [0, 1]}]"], ["no phase here has adapters"]),
         (["curriculum.phases=[{train: [1], adapt: [0]}]"], ["stack adapter of stack 1", "merge_adapters"]),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from tiny import metrics, same_bits, saved, summary, tiny, train
+from tiny import same_bits, saved, summary, tiny, train
 
-from stackwise_jax.engine import Run, load_rack, prepare
+from stackwise_jax.engine import Run, load_experts, load_rack, prepare
 from stackwise_jax.engine.source import Source, origin_for
 from stackwise_jax.engine.weights import EMBED, HEAD, stack_item
 from stackwise_jax.errors import UsageError
@@ -105,15 +106,41 @@ def test_adapters_of_the_other_run_are_merged_into_what_is_taken(tmp_path):
 
 
 def test_a_resumed_run_needs_the_other_run_no_more(origin, tmp_path):
-    import shutil
+    class Stops(Run):
+        def _on_metrics(self, work, step, metrics, seconds):
+            super()._on_metrics(work, step, metrics, seconds)
+            if step == 1:
+                raise InterruptedError
 
+    config = lambda path: tiny("curriculum.plan=joint", "model.architecture.n_stacks=3", f"run.init_from={path}")
+    train(config(origin), tmp_path / "whole")
     moved = tmp_path / "origin"
     shutil.copytree(origin, moved)
-    config = tiny("curriculum.plan=joint", "model.architecture.n_stacks=3", f"run.init_from={moved}")
-    train(config, tmp_path / "run")
-    rows = metrics(tmp_path / "run")
-    train(config, tmp_path / "run")
-    assert metrics(tmp_path / "run") == rows
+    run = Stops(prepare(config(moved), tmp_path / "cut"))
+    with pytest.raises(InterruptedError):
+        run.train()
+    run.recorder.close()
+    shutil.rmtree(moved)
+    train(config(moved), tmp_path / "cut")
+    assert same_bits(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
+
+
+def test_a_causal_run_goes_on_with_time_as_input_and_back(origin, tmp_path):
+    """A time embedding that the other run does not have begins at zero; one that is not wanted is left behind."""
+    shape = ["curriculum.plan=joint", "model.architecture.n_stacks=3"]
+    timed = ["objective.kind=diffusion", "objective.time=input"]
+    train(tiny(*shape, *timed, f"run.init_from={origin}"), tmp_path / "timed")
+    items = saved(tmp_path / "timed")
+    assert "time" in items[EMBED]
+    start = begun(tiny(*shape, f"run.init_from={tmp_path / 'timed'}"), tmp_path / "back")
+    assert same_bits(start[EMBED], {"embedding": items[EMBED]["embedding"]})
+
+
+def test_only_denoisers_of_falling_noise_are_models_side_by_side(tmp_path):
+    """Two causal models that share no stack are no pair of experts: the last one is the run's."""
+    phases = "[{path: [0], train: [0], train_embed: true}, {path: [1], train: [1], train_embed: true}]"
+    train(tiny("curriculum.plan=custom", f"curriculum.phases={phases}"), tmp_path / "run")
+    assert [loaded.path for loaded in load_experts(tmp_path / "run")] == [(1,)]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +166,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(origin, c
 def test_another_tokenizer_is_refused(origin, tmp_path):
     config = tiny("model.architecture.n_stacks=3", f"run.init_from={origin}")
     with pytest.raises(UsageError, match=r"another tokenizer; write .* tokenizer.kind file"):
-        origin_for(config, load_rack(origin).rack, SimpleNamespace(fingerprint="another"))
+        origin_for(config, load_rack(origin).rack, SimpleNamespace(fingerprint="another"), {})
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):

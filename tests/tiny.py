@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stackwise_jax.checkpoint import Store
@@ -110,7 +111,8 @@ def step_parts(config: StackWiseConfig, index: int = 0, examples=None, *, rack=N
     for item in path_items(phase):
         weights.ensure(item, weights.master)
     stacks = {i: weights.full(i) for i in phase.window}
-    learning, frozen = split_phase(spec, window, weights.trees[EMBED], weights.trees[HEAD], stacks)
+    embed = weights.trees[EMBED]
+    learning, frozen = split_phase(spec, window, embed, weights.trees[HEAD], stacks, jax.tree.map(jnp.copy, embed))
     examples = put_examples(placement, setup.loader().examples(0) if examples is None else examples)
     lr, visit = put((np.float32(config.optimizer.lr), np.int32(0)))
     data = StepData(examples, None, lr, visit)

@@ -61,10 +61,18 @@ class Runner:
     Args:
         planned: how many runs there will be at most, for the estimate of the time left.
         on_result: called after each run with the results so far.
+        read_only: start nothing, only take what is finished.
     """
 
-    def __init__(self, settings: Settings, planned: int, on_result: Callable[[dict[Job, dict]], None]):
-        self.settings, self.planned, self.on_result = settings, planned, on_result
+    def __init__(
+        self,
+        settings: Settings,
+        planned: int,
+        on_result: Callable[[dict[Job, dict]], None],
+        *,
+        read_only: bool = False,
+    ):
+        self.settings, self.planned, self.on_result, self.read_only = settings, planned, on_result, read_only
         self.results: dict[Job, dict[str, Any]] = {}
         self.failed: dict[Job, str] = {}
         self._worked, self._started = 0, time.monotonic()
@@ -80,7 +88,9 @@ class Runner:
         Raises:
             KeyboardInterrupt: after all runs in progress have saved their state.
         """
-        waiting = [job for job in dict.fromkeys(jobs) if job not in self.failed and not self._read(job)]
+        waiting = [job for job in dict.fromkeys(jobs) if job not in self.failed and not self.read(job)]
+        if self.read_only:
+            return
         running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
         try:
             while waiting or running:
@@ -96,8 +106,12 @@ class Runner:
             self._stop([process for _, process in running.values()])
             raise
 
-    def _read(self, job: Job) -> bool:
-        """Take the result of a run that was finished before."""
+    def read(self, job: Job) -> bool:
+        """Take the result of a run that is finished, and say whether it is.
+
+        Raises:
+            UsageError: it is of a run with other settings.
+        """
         if job in self.results:
             return True
         file, settings = self.settings.result_file(job), self.settings
@@ -142,7 +156,7 @@ class Runner:
         return self.settings.out / "logs" / f"{job.name}.log"
 
     def _finish(self, job: Job, code: int) -> None:
-        if code == 0 and self._read(job):
+        if code == 0 and self.read(job):
             self._worked += 1
             found = self.results[job]
             text = f"{found['bits_per_byte']:.4f} bits per byte, {found['steps']} steps in {found['seconds']:.0f} s"

@@ -13,7 +13,8 @@ SIXTHS = 6
 # The recipe whose best learning rate is used for all recipes of its kind: those in which everything there is learns at
 # every step, and those in which something rests.
 TUNED = {"end to end": "rackwise", "staged": "append-2of6"}
-REPEATED = ("rackwise", "control-2of6", "control-3of6")  # with several seeds, beside the best recipes
+# The deep model trained end to end, by measure.
+DEEP = {"next token": "rackwise", "mask diffusion": "diffusion-rackwise"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ DIFFUSION = ("--model.attention_preset=bert_style", "--objective.kind=diffusion"
 RACKWISE = ("--curriculum.plan=rackwise",)
 APPEND = ("--curriculum.plan=append",)
 PREPEND = ("--curriculum.plan=prepend",)
+CYCLE = ("--curriculum.plan=cycle", "--curriculum.rounds=5")
+KEEP_LAST = ("--curriculum.plan=keep_last",)
+DECAY_LAST = ("--curriculum.decay=last",)
 # Most of the steps with two sixths of the blocks, then the others are added; one decay, as nothing is ever finished.
 GROW_LATE = (
     "--curriculum.plan=grow",
@@ -91,9 +95,12 @@ RECIPES: dict[str, Recipe] = {
     "append-2of6": Recipe("a new stack on a frozen trunk", APPEND),
     "append-3of6": Recipe("a new stack on a frozen trunk", APPEND, stacks=2, sixths=3),
     "append-2of6-decay-last": Recipe(
-        "the learning rate decays in the last stage only", (*APPEND, "--curriculum.decay=last")
+        "the learning rate decays in the last stage only", (*APPEND, *DECAY_LAST)
     ),
     "append-2of6-overlap": Recipe("the stack below the new one learns on", (*APPEND, "--curriculum.overlap=1")),
+    "append-2of6-overlap-decay-last": Recipe(
+        "the same, the learning rate decays in the last stage only", (*APPEND, "--curriculum.overlap=1", *DECAY_LAST)
+    ),
     "append-joint-20": Recipe(
         "append for 80 % of the FLOPs, then everything learns",
         ("--curriculum.plans=[{plan: append, share: 80}, {plan: joint, share: 20}]",),
@@ -109,11 +116,12 @@ RECIPES: dict[str, Recipe] = {
     "grow-random": _grow("random", "random"),
     "grow-zero": _grow("zero", "random, with zero outputs"),
     "grow-copy": _grow("copy", "copied"),
-    "cycle-2of6": Recipe(
-        "all blocks there, one stack learns at a time, five turns each",
-        ("--curriculum.plan=cycle", "--curriculum.rounds=5"),
+    "cycle-2of6": Recipe("all blocks there, one stack learns at a time, five turns each", CYCLE),
+    "cycle-2of6-decay-last": Recipe("the same, the learning rate decays in the last turn only", (*CYCLE, *DECAY_LAST)),
+    "keep-last-2of6": Recipe("append below a last stack that learns on", KEEP_LAST),
+    "keep-last-2of6-decay-last": Recipe(
+        "the same, the learning rate decays in the last stage only", (*KEEP_LAST, *DECAY_LAST)
     ),
-    "keep-last-2of6": Recipe("append below a last stack that learns on", ("--curriculum.plan=keep_last",)),
     "prepend-2of6": Recipe("a new stack before a frozen suffix", PREPEND),
     "prepend-2of6-consistency": Recipe(
         "the same, its output kept near the suffix's old input", (*PREPEND, "--curriculum.consistency=0.1")
@@ -126,11 +134,6 @@ RECIPES: dict[str, Recipe] = {
     "diffusion-independent-2of6": Recipe(
         "three denoisers, each for a third of the noise, with the embedding and head of its phase; their bounds add up",
         ("--curriculum.plan=independent",),
-        measure="mask diffusion",
-    ),
-    "diffusion-prepend-depth": Recipe(
-        "a new stack before a frozen suffix, noise rising towards the input",
-        (*PREPEND, "--objective.time=depth"),
         measure="mask diffusion",
     ),
 }

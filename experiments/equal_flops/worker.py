@@ -11,9 +11,11 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import stackwise_jax
 from stackwise_jax.config import load_config, validate
 from stackwise_jax.reporting import ConsoleReporter, Reporters, add_common, run_command
 from stackwise_jax.train import stop_on_signal
@@ -105,6 +107,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         os.sched_setaffinity(0, {int(core) for core in args.cores.split(",")})
     found = train_and_measure(args.overrides, args.eval_batches, args.draws)
     found |= {"overrides": args.overrides, "eval_batches": args.eval_batches, "draws": args.draws}
+    found |= {"date": time.strftime("%Y-%m-%d"), "version": stackwise_jax.__version__}
     part = args.result.with_suffix(".part")
     part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     os.replace(part, args.result)

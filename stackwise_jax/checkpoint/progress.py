@@ -33,7 +33,8 @@ class Progress:
     def needed(self) -> set[tuple[str, int]]:
         """The (item name, version) pairs that must stay: this state's, and for each path those that the last phase
         which took it names in `versions`, so that the rack can still be loaded as it was then."""
-        by_path = {tuple(result["path"]): result["versions"] for result in self.results if "versions" in result}
+        path = lambda result: tuple(result.get("path", [result.get("depth")]))  # older records name the depth only
+        by_path = {path(result): result["versions"] for result in self.results if "versions" in result}
         return {pair for table in (self.versions, *by_path.values()) for pair in table.items()}
 
 

@@ -223,6 +223,8 @@ def _check_levels(objective: ObjectiveConfig, prefix: str) -> None:
     if objective.time == "depth" and not levels:
         low = objective.min_fraction
         _need(0 < low <= 1, f"{prefix}.min_fraction", low, "a share above 0, the level of the last stack")
+        high = objective.max_fraction
+        _need(low <= high <= 1, f"{prefix}.max_fraction", high, f"a share from {prefix}.min_fraction ({low}) to 1")
 
 
 def _check_curriculum(curriculum: CurriculumConfig, config: StackWiseConfig) -> None:

@@ -12,7 +12,7 @@ from stackwise_jax.curriculum.phase import (
     StackAdapter,
 )
 from stackwise_jax.curriculum.plans import PLANS, config_shape
-from stackwise_jax.curriculum.shape import Plan, RackShape
+from stackwise_jax.curriculum.shape import Plan, RackShape, trained_apart
 from stackwise_jax.curriculum.table import format_phase_table, phase_table
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "noise_cut",
     "phase_table",
     "stack_levels",
+    "trained_apart",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from stackwise_jax.config.schema import StackWiseConfig, StageConfig, WhenLearns
+from stackwise_jax.config.schema import AdaptersConfig, StackWiseConfig, StageConfig, WhenLearns
 from stackwise_jax.curriculum.adapter_ranks import adapters_of
 from stackwise_jax.curriculum.levels import depth_noise, noise_cut
 from stackwise_jax.curriculum.phase import Consistency, Noise, Phase, StackAdapter
@@ -82,7 +82,20 @@ def complete_plan(config: StackWiseConfig, shape: RackShape, past: Past) -> Plan
             "curriculum.consistency does nothing, since no stage is put before a frozen suffix; write several stages, "
             "overlap 0 and trunk frozen, or leave it out"
         )
+    _refuse_idle_adapters(config, phases)
     return dataclasses.replace(plan, phases=tuple(phases))
+
+
+def _refuse_idle_adapters(config: StackWiseConfig, phases: list[Phase]) -> None:
+    """Refuse settings of adapters that no phase of the plan heeds."""
+    given = dataclasses.replace(config.curriculum.adapters, load_from=None)
+    if given != AdaptersConfig() and not any(phase.adapters for phase in phases):
+        raise UsageError("curriculum.adapters does nothing, since no phase has adapters; adapt stacks or leave it out")
+    if given.merge and not any(phase.merge_adapters for phase in phases):
+        raise UsageError(
+            "curriculum.adapters.merge does nothing, since no phase begins with adapters that were there before; leave "
+            "it out"
+        )
 
 
 def _where(config: StackWiseConfig, i: int, phase: Phase) -> str:

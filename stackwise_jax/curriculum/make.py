@@ -104,6 +104,12 @@ def _within_budget(config: StackWiseConfig, shape: RackShape, made: list[Plan]) 
     """The phases of all entries, with their steps scaled to curriculum.budget if there is one."""
     curriculum, phases = config.curriculum, tuple(phase for plan in made for phase in plan.phases)
     if curriculum.budget is None:
+        for i, entry in enumerate(curriculum.plans):
+            if entry.share != 1:
+                raise UsageError(
+                    f"curriculum.plans[{i}].share is {entry.share:g} and there is no curriculum.budget to share; write "
+                    "one, or steps in the entries"
+                )
         return phases
     amount, unit = parse_budget(curriculum.budget)
 

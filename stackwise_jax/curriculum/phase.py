@@ -81,8 +81,9 @@ class StackAdapter:
 class Consistency:
     """Keeps what new stacks hand to the frozen suffix close to what the suffix was trained on.
 
-    Adds weight * mean((h - e)^2) / mean(e^2) to the loss: h is the output of the last learning stack before the
-    suffix, e the embedding of the same text at the suffix's own noise, through which no gradient flows.
+    Adds weight * mean over tokens of |h - e|^2 / |e|^2 to the loss: h is the output of the last learning stack before
+    the suffix, e the embedding of the same text at the suffix's own noise, by the embedding as it was when the phase
+    began.
     """
 
     weight: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,3 +39,21 @@ def ids_text(stacks: Sequence[int]) -> str:
     if len(stacks) > 1 and list(stacks) == list(range(stacks[0], stacks[-1] + 1)):
         return f"{stacks[0]}-{stacks[-1]}"
     return ",".join(map(str, stacks)) or "-"
+
+
+def trained_apart(phases: Sequence[Phase]) -> list[int]:
+    """Which phases end with a model of the run: the last one, or several denoisers that were trained apart.
+
+    Those are phases of mask diffusion whose paths share no stack with a later one, and whose interval of noise falls
+    from one to the next.
+    """
+    found: list[int] = []
+    covered: set[int] = set()
+    for index, phase in reversed(list(enumerate(phases))):
+        if not covered & set(phase.path):
+            found.insert(0, index)
+        covered |= set(phase.path)
+    noises = [phases[index].noise for index in found]
+    diffusion = all(phases[index].objective.kind == "diffusion" for index in found)
+    falls = all(a.low > b.low and a.high > b.high for a, b in itertools.pairwise(noises))
+    return found if diffusion and falls else [len(phases) - 1]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from stackwise_jax.adapters import merge_adapters
 from stackwise_jax.curriculum import Phase
@@ -18,6 +19,7 @@ from stackwise_jax.engine.recorder import Recorder
 from stackwise_jax.engine.resident import Resident
 from stackwise_jax.engine.source import Source
 from stackwise_jax.engine.weights import (
+    EMBED,
     Weights,
     adapter_item,
     item_format,
@@ -27,11 +29,21 @@ from stackwise_jax.engine.weights import (
     stack_item,
 )
 
+Tree = Any
+REFERENCE = "reference"
+
 _merge = jax.jit(merge_adapters)
 
 
 def open_phase(
-    weights: Weights, recorder: Recorder, phase: Phase, *, begins: bool, cached: bool, adapters: Source | None
+    weights: Weights,
+    recorder: Recorder,
+    phase: Phase,
+    *,
+    begins: bool,
+    cached: bool,
+    adapters: Source | None,
+    again: int,
 ) -> None:
     """Bring every item of the path into its format for this phase; grow those that do not exist.
 
@@ -40,22 +52,22 @@ def open_phase(
     Args:
         begins: the phase is at its first step.
         adapters: where adapters that do not exist are taken from, where it has them.
+        again: a number of the phase's own, for adapters that are made anew.
     """
     weights.declare(phase)
-    if begins and phase.merge_adapters:
-        for index in phase.path:
-            _merge_into_weights(weights, recorder, phase, index)
     existing = [i for i in phase.path if stack_item(i) in weights.versions]
     for index in phase.path:
         if index not in existing:
             _grow_stack(weights, recorder, phase, index, existing)
-    for adapter in phase.adapters:
-        item = adapter_item(adapter)
-        if item in weights.versions:
-            continue
+    missing = [adapter for adapter in phase.adapters if adapter_item(adapter) not in weights.versions]
+    for item in map(adapter_item, missing):
         if adapters is not None and item in adapters.versions:
             recorder.keep(item, adapters.load(item, weights.shapes(item, weights.master)), phase.name)
-        else:
+    if begins and phase.merge_adapters:
+        for index in phase.path:
+            _merge_into_weights(weights, recorder, phase, index, again)
+    for item in map(adapter_item, missing):
+        if item not in weights.versions:
             _grow(weights, recorder, phase, item)
     waiting = {item for i in phase.prefix for item in weights.stack_items(i)} if cached else set()
     for item in path_items(phase):
@@ -77,7 +89,7 @@ def _grow(weights: Weights, recorder: Recorder, phase: Phase, item: str, **how: 
         recorder.grow(item, phase.name, **how)
 
 
-def _merge_into_weights(weights: Weights, recorder: Recorder, phase: Phase, index: int) -> None:
+def _merge_into_weights(weights: Weights, recorder: Recorder, phase: Phase, index: int, again: int) -> None:
     """Merge the adapters of one stack into its full-precision copy and make them anew."""
     stack = stack_item(index)
     there = [adapter for adapter in phase.adapters if adapter.stack == index]
@@ -91,29 +103,48 @@ def _merge_into_weights(weights: Weights, recorder: Recorder, phase: Phase, inde
         tree = _merge(tree, weights.on_device(adapter_item(adapter)))
     recorder.keep(stack, tree, phase.name)
     for adapter in there:
-        item = adapter_item(adapter)
-        recorder.grow(item, phase.name, again=weights.versions[item])
+        recorder.grow(adapter_item(adapter), phase.name, again=again)
     weights.drop(stack)
+
+
+def reference_embedding(weights: Weights, recorder: Recorder, phase: Phase, *, begins: bool) -> Tree | None:
+    """For consistency, the embedding as it was when the phase began: what the suffix was trained on.
+
+    It is saved for the length of the phase, since the embedding itself may learn on.
+    """
+    if phase.consistency is None:
+        return None
+    leaves, structure = jax.tree.flatten(weights.on_device(EMBED))
+    named = {str(i): jnp.copy(leaf) for i, leaf in enumerate(leaves)}
+    if begins:
+        recorder.save_moments(REFERENCE, named, {"phase": phase.name})
+    else:
+        named = recorder.load_moments(REFERENCE, named, {})
+    return jax.tree.unflatten(structure, [named[str(i)] for i in range(len(leaves))])
 
 
 def hand_over(executor: Resident, recorder: Recorder, phase: Phase) -> None:
     """Let what learned in an earlier phase go on with the optimizer state that it had when that phase ended."""
-    found = {}
-    for item, fresh in executor.carried.items():
-        if phase.keep_optimizer and item in recorder.moments:
-            found[item] = recorder.load_moments(item, fresh)
-    if found:
-        executor.carry(found)
+    kept = [item for item in learning_items(phase) if item in recorder.moments and _keeps(phase, item)]
+    about = {"optimizer": phase.optimizer.name}
+    if kept:
+        executor.carry({item: recorder.load_moments(item, executor.carried(item), about) for item in kept})
 
 
 def keep_moments(executor: Resident, recorder: Recorder, phases: Sequence[Phase], index: int, meta: dict) -> None:
     """Save the optimizer state of what a later phase goes on with; forget what no later phase wants."""
-    for item, state in executor.carried.items():
+    about = meta | {"optimizer": phases[index].optimizer.name}
+    for item in learning_items(phases[index]):
         if _goes_on(phases, index, item):
-            recorder.save_moments(item, state, meta)
+            recorder.save_moments(item, executor.carried(item), about)
     recorder.moments = {item: v for item, v in recorder.moments.items() if _goes_on(phases, index, item)}
+
+
+def _keeps(phase: Phase, item: str) -> bool:
+    """Whether an item begins a phase with the optimizer state it has; merged adapters begin anew."""
+    return phase.keep_optimizer and not (phase.merge_adapters and item.startswith("adapters/"))
 
 
 def _goes_on(phases: Sequence[Phase], index: int, item: str) -> bool:
     """Whether the next phase in which an item learns keeps its optimizer state."""
-    return next((later.keep_optimizer for later in phases[index + 1 :] if item in learning_items(later)), False)
+    return next((_keeps(later, item) for later in phases[index + 1 :] if item in learning_items(later)), False)

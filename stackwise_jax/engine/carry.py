@@ -14,67 +14,58 @@ import jax
 import jax.numpy as jnp
 
 from stackwise_jax.engine.weights import EMBED, HEAD, stack_item
-from stackwise_jax.engine.window import Window
+from stackwise_jax.engine.window import Layout
 
 Tree = Any
 State = dict[str, jax.Array]  # of one item: its leaves by name
 SHARED = "shared"
 
 
-def split_state(opt: Tree, window: Window) -> dict[str, State]:
-    """The optimizer state of each learning item."""
-    items: dict[str, State] = {}
-    shared: State = {}
+def item_state(opt: Tree, layout: Layout, item: str) -> State:
+    """The optimizer state of one item that learns."""
+    state: State = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(opt)[0]:
-        for item, name, part in _owners(path, leaf, window):
-            (shared if item == SHARED else items.setdefault(item, {}))[name] = part
-    return {item: state | shared for item, state in items.items()}
+        for owner, name, start, size in _owners(path, leaf, layout):
+            if owner in (item, SHARED):
+                state[name] = leaf if size is None else leaf[start : start + size]
+    return state
 
 
-def join_state(opt: Tree, window: Window, items: Mapping[str, State]) -> Tree:
+def join_state(opt: Tree, layout: Layout, items: Mapping[str, State]) -> Tree:
     """`opt` with the state of these items put in; what no item has, or has in another shape, stays as it is."""
 
     def joined(path, leaf: jax.Array) -> jax.Array:
-        owners = _owners(path, leaf, window)
-        if owners and owners[0][0] == SHARED:
-            name = owners[0][1]
-            found = [state[name] for state in items.values() if name in state and state[name].shape == leaf.shape]
-            return _latest(leaf, found)
-        parts = []
-        for item, name, part in owners:
-            kept = items.get(item, {}).get(name)
-            parts.append(part if kept is None or kept.shape != part.shape else kept)
-        if len(parts) == 1:
-            return parts[0]
-        return jnp.concatenate(parts) if parts else leaf
+        for owner, name, start, size in _owners(path, leaf, layout):
+            if owner == SHARED:
+                found = [state[name] for state in items.values() if name in state and state[name].shape == leaf.shape]
+                for other in found:
+                    leaf = jnp.maximum(leaf, other)
+                continue
+            kept = items.get(owner, {}).get(name)
+            if kept is None or kept.shape != (leaf.shape if size is None else (size, *leaf.shape[1:])):
+                continue
+            leaf = kept if size is None else leaf.at[start : start + size].set(kept)
+        return leaf
 
     return jax.tree_util.tree_map_with_path(joined, opt)
 
 
-def _latest(leaf: jax.Array, found: list[jax.Array]) -> jax.Array:
-    for other in found:
-        leaf = jnp.maximum(leaf, other)
-    return leaf
-
-
-def _owners(path: tuple, leaf: Any, window: Window) -> list[tuple[str, str, Any]]:
-    """(item, name, part of the leaf) for each item that a leaf of the optimizer state belongs to."""
+def _owners(path: tuple, leaf: Any, layout: Layout) -> list[tuple[str, str, int, int | None]]:
+    """(item, name, first row, rows) of each item that a leaf of the optimizer state belongs to; rows None: all."""
     keys: list[Any] = [getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))) for entry in path]
     start = next((i for i, key in enumerate(keys) if key in (EMBED, HEAD, "stacks")), None)
     if start is None:
-        return [(SHARED, "/".join(map(str, keys)), leaf)]
+        return [(SHARED, "/".join(map(str, keys)), 0, None)]
     if keys[start] != "stacks":
-        return [(keys[start], "/".join(map(str, keys)), leaf)]
-    group, rest = keys[start + 1], keys[start + 2 :]
+        return [(keys[start], "/".join(map(str, keys)), 0, None)]
+    (ids, sizes), rest = layout[keys[start + 1]], keys[start + 2 :]
     name = "/".join(map(str, keys[:start] + rest))
-    item_of = lambda index: stack_item(index)
+    item_of = stack_item
     if "adapters" in rest:
         adapter = rest[rest.index("adapters") + 1]
         item_of = lambda index: f"adapters/{index:03d}/{adapter}"
-    ids, sizes = window.ids[group], window.sizes(group)
     if len(ids) == 1:
-        return [(item_of(ids[0]), name, leaf)]
+        return [(item_of(ids[0]), name, 0, None)]
     if not leaf.shape or leaf.shape[0] != sum(sizes):
         return []  # a summary over blocks, which cannot be told apart
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [(item_of(index), name, leaf[end - size : end]) for index, size, end in zip(ids, sizes, ends, strict=True)]
+    return [(item_of(index), name, sum(sizes[:i]), sizes[i]) for i, index in enumerate(ids)]

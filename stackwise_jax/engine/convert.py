@@ -18,7 +18,7 @@ from stackwise_jax.adapters import merge_adapters
 from stackwise_jax.checkpoint import Progress, Store, writing
 from stackwise_jax.config import StackWiseConfig, resolved_yaml
 from stackwise_jax.config.schema import CurriculumConfig, StackInit
-from stackwise_jax.curriculum import StackAdapter, make_plan, phase_table
+from stackwise_jax.curriculum import Plan, StackAdapter, make_plan, phase_table
 from stackwise_jax.engine import directory
 from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.engine.source import Source, check_fits
@@ -37,6 +37,7 @@ from stackwise_jax.model import (
 from stackwise_jax.model.regroup import stack_blocks, unstack_blocks
 
 Tree = Any
+INSERTED = 6  # stream of the root key for stacks that are inserted; others take 0 to 5, 16 and 17
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ def convert_run(
     """
     if out.exists():
         raise UsageError(f"{out} exists; name a directory that does not")
+    if len(source.experts) > 1:
+        raise UsageError(
+            f"{source.run_dir} holds {len(source.experts)} denoisers that were trained apart; convert takes one model"
+        )
     slots = _slots(source, changes)
     stacks = [source.rack.stacks[slot.source] for slot in slots]
     stacks = tuple(stack.clone(stack_id=i, parent=None) for i, stack in enumerate(stacks))
@@ -91,6 +96,8 @@ def convert_run(
     owner = adapters or source
     if adapters is not None:
         _check_adapters(source, adapters)
+    config = _configuration(source, rack, out)
+    plan = make_plan(config, rack_shape(rack, config.data))
     if not changes.merge:
         _check_joins(rack, [(stack, _on_slot(owner, slot, changes)) for stack, slot in zip(stacks, slots, strict=True)])
     store = Store(out / directory.CHECKPOINTS, keep=source.config.run.keep)
@@ -113,7 +120,7 @@ def convert_run(
             spec = dataclasses.asdict(moved.spec)
             save(adapter_item(moved), one_adapter(adapter_tree, moved.name), adapter=spec)
             found.append(adapter_item(moved))
-    _finish(source, out, rack, store, versions)
+    _finish(source, out, rack, store, versions, config, plan)
     return {"run": str(out), "stacks": [len(stack.blocks) for stack in rack.stacks], "adapters": found}
 
 
@@ -164,8 +171,9 @@ def _read(
 ) -> tuple[Tree, list[StackAdapter]]:
     """The tree of a stack before regrouping, with the adapters that stay apart, in host memory."""
     if slot.new and changes.init != "copy":
-        stack = source.rack.stacks[slot.source]
-        tree = init_stack_blocks(stack, place * len(stack.blocks), jax.random.key(seed))
+        # A stream of its own for each place: the blocks of the source were made from the seed alone.
+        stack, key = source.rack.stacks[slot.source], jax.random.key(seed)
+        tree = init_stack_blocks(stack, 0, jax.random.fold_in(jax.random.fold_in(key, INSERTED), place))
         return jax.device_get(zero_outputs(stack, tree) if changes.init == "zero" else tree), []
     tree, on_stack = source.load(stack_item(slot.source)), _on_slot(owner, slot, changes)
     for adapter in on_stack:
@@ -188,14 +196,16 @@ def _regrouped(
         yield stack_blocks(stack, [block for block, _ in taken]), taken[0][1]
 
 
-def _finish(source: Source, out: Path, rack: Rack, store: Store, versions: dict[str, int]) -> None:
+def _finish(
+    source: Source, out: Path, rack: Rack, store: Store, versions: dict[str, int], config: StackWiseConfig, plan: Plan
+) -> None:
     """Lay down the rest of the run directory; config.yaml comes last and makes it a run."""
-    config = _configuration(source, rack, out)
-    plan = make_plan(config, rack_shape(rack, config.data))
-    result = dict(source.progress.results[-1]) if source.progress.results else {}
     path = list(range(len(rack.stacks)))
     formats = {item: rack.param_dtype for item in versions}
-    result |= {"index": 0, "name": plan.phases[0].name, "depth": len(path), "path": path}
+    unmeasured = dict.fromkeys(("held_out_loss", "bits_per_byte", "accuracy"))
+    nothing = dict.fromkeys(("trainable_params", "frozen_params", "tokens", "flops", "seconds", "skipped_steps"), 0)
+    result = {"index": 0, "name": plan.phases[0].name, "depth": len(path), "path": path, **unmeasured, **nothing}
+    result |= {"peak_device_bytes": 0, "peak_host_bytes": 0, "cache_bytes": {"host": 0, "disk": 0}}
     result |= {"versions": versions, "formats": formats}
     store.commit(
         Progress(
@@ -227,7 +237,12 @@ def _configuration(source: Source, rack: Rack, out: Path) -> StackWiseConfig:
     if len(sizes) == 1:
         architecture = dataclasses.replace(architecture, n_stacks=len(rack.stacks), blocks_per_stack=sizes.pop())
     objective = dataclasses.replace(
-        before.objective, kind=phase.objective.kind, attention_mode=phase.attention_mode or "model", time="none"
+        before.objective,
+        kind=phase.objective.kind,
+        attention_mode=phase.attention_mode or "model",
+        time="none",
+        levels=[],
+        interval_overlap=0.0,
     )
     if rack.time_embedding != "none":
         objective = dataclasses.replace(objective, time="input")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stackwise_jax.curriculum import Phase
+from stackwise_jax.data import Loader
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
 from stackwise_jax.engine.optimizer import make_optimizer
 from stackwise_jax.engine.prefix import PrefixCache
@@ -36,8 +37,9 @@ def plan_rows(setup: Setup) -> list[dict]:
     weights = Weights(setup.rack, setup.placement, None, root_key)
     programs, loader = StepPrograms(setup.placement), setup.loader()
     cache = PrefixCache(setup.config.cache, setup.placement, setup.run_dir)
-    rows = []
-    for index, phase in enumerate(setup.plan.phases):
+    rows: list[dict] = []
+    before: Phase | None = None  # the last phase, if it was cached
+    for phase in setup.plan.phases:
         task = setup.task(phase)
         choice = cache.choose(phase, loader, task)
         if phase.corruption == "auto":
@@ -47,7 +49,8 @@ def plan_rows(setup: Setup) -> list[dict]:
         spec = step_spec(task, phase, window)
         trainable, not_trained = trainable_and_frozen(setup.rack, phase)
         chunks = choice.n_chunks if choice.use else None
-        advanced = 1 if choice.use and index and setup.plan.phases[index - 1].prefix else None
+        advanced = advanced_stacks(before, phase, loader) if choice.use else None
+        before = phase if choice.use else None
         row = _describe(phase) | {
             "trainable_params": trainable,
             "frozen_params": not_trained,
@@ -59,6 +62,20 @@ def plan_rows(setup: Setup) -> list[dict]:
         }
         rows.append(row | _step_bytes(setup, weights, programs, spec, phase, window, recompute=not choice.use))
     return rows
+
+
+def advanced_stacks(before: Phase | None, phase: Phase, loader: Loader) -> int | None:
+    """Through how many stacks the cache of the phase before is pushed; None where it is filled anew."""
+    if before is None:
+        return None
+    n = len(before.prefix)
+
+    def content(p: Phase) -> tuple:
+        batches = {loader.batch_id(i) for i in range(p.steps)}
+        formats = [p.frozen, *map(p.format_of, p.prefix[:n])]
+        return p.objective, p.noise, p.attention_mode, p.seed, batches, p.prefix[:n], formats
+
+    return len(phase.prefix) - n if content(before) == content(phase) else None
 
 
 def _describe(phase: Phase) -> dict:
@@ -99,7 +116,7 @@ def abstract_step(
     weights.declare(phase)
     shape = lambda item: weights.shapes(item, item_format(phase, item, weights.master))
     stacks = {i: weights.full_shapes(i, item_format(phase, stack_item(i), weights.master)) for i in phase.window}
-    split = lambda embed, head, stacks: split_phase(spec, window, embed, head, stacks)
+    split = lambda embed, head, stacks: split_phase(spec, window, embed, head, stacks, embed)
     learning, frozen = _placed(placement, jax.eval_shape(split, shape(EMBED), shape(HEAD), stacks))
     opt = _placed(placement, jax.eval_shape(make_optimizer(spec.optimizer).init, learning))
 

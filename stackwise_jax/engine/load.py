@@ -68,15 +68,14 @@ def load_rack(run_dir: str | Path, depth: int | None = None) -> LoadedRun:
 
 
 def load_experts(run_dir: str | Path) -> list[LoadedRun]:
-    """The models that a run made, in the order of their phases: one, unless stacks were trained apart from each other.
+    """The models that a run made: one, or denoisers that were trained apart, highest noise first.
 
     Raises:
-        UsageError, RunError: as `load_rack`.
+        UsageError: as `load_rack`, or not all denoisers have been trained yet.
+        RunError: as `load_rack`.
     """
     found = Source(run_dir).experts
-    if len(found) <= 1:
-        return [load_rack(run_dir)]
-    return [_load(Source(run_dir, expert=index)) for index in found]
+    return [load_rack(run_dir)] if len(found) == 1 else [_load(Source(run_dir, expert=index)) for index in found]
 
 
 def _load(source: Source) -> LoadedRun:

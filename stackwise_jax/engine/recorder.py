@@ -63,22 +63,23 @@ class Recorder:
             self.weights.versions[item] = self.number + 1
 
     def save_moments(self, item: str, state: dict[str, jax.Array], meta: dict) -> None:
-        """Save the optimizer state that an item will go on with."""
+        """Save optimizer state that an item will go on with, or what else of it a phase comes back to."""
         names = sorted(state)
         leaves = {f"{i:04d}": state[name] for i, name in enumerate(names)}
         if leaves:
             self.store.save_item(MOMENTS + item, self.number + 1, leaves, meta | {"kind": "moments", "names": names})
             self.moments[item] = self.number + 1
 
-    def load_moments(self, item: str, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The saved optimizer state of an item, as far as `like` has the same leaves."""
+    def load_moments(self, item: str, like: dict[str, jax.Array], about: dict) -> dict[str, jax.Array]:
+        """What `save_moments` saved for an item, as `like`; nothing if its meta differs from `about`."""
         name, version = MOMENTS + item, self.moments[item]
-        names, shapes = self.store.item_meta(name, version)["names"], self.store.item_shapes(name, version)
-        files = {leaf: f"{i:04d}" for i, leaf in enumerate(names)}
-        if any(leaf not in files or shapes[files[leaf]].shape != x.shape for leaf, x in like.items()):
-            return {}  # another optimizer: it begins anew
+        meta, shapes = self.store.item_meta(name, version), self.store.item_shapes(name, version)
+        files = {leaf: f"{i:04d}" for i, leaf in enumerate(meta["names"])}
+        alike = files.keys() == like.keys() and all(shapes[files[n]].shape == x.shape for n, x in like.items())
+        if not alike or any(meta[key] != value for key, value in about.items()):
+            return {}
         wanted = {files[n]: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in like.items()}
-        saved = self.store.load_item(name, version, wanted | {f: shapes[f] for f in shapes if f not in wanted})
+        saved = self.store.load_item(name, version, wanted)
         return {leaf: saved[files[leaf]] for leaf in like}
 
     def save_inside(self, learned: dict[str, Tree], opt: Tree, meta: dict, extra: dict, bad_steps: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.curriculum.phase import Phase
-from stackwise_jax.engine.carry import State, join_state, split_state
+from stackwise_jax.engine.carry import State, item_state, join_state
 from stackwise_jax.engine.optimizer import make_optimizer
 from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
 from stackwise_jax.engine.step import StepData, StepSpec, TaskSpec, TrainState
@@ -25,7 +25,8 @@ Tree = Any
 
 
 def step_spec(task: TaskSpec, phase: Phase, window: Window) -> StepSpec:
-    """What the step of a phase compiles to. Learning rate and length are arguments of the step, not part of it."""
+    """What the step of a phase compiles to. Learning rate and length are arguments of the step, not part of it; how
+    much faster adapters learn is."""
     optimizer = dataclasses.replace(
         phase.optimizer, lr=1.0, schedule="constant", warmup=0.0, decay=0.0, final_lr=0.0, microbatches=1
     )
@@ -45,12 +46,19 @@ def step_spec(task: TaskSpec, phase: Phase, window: Window) -> StepSpec:
     )
 
 
-def split_phase(spec: StepSpec, window: Window, embed: Tree, head: Tree, stacks: dict[int, Tree]) -> tuple[Tree, Tree]:
-    """(learning, frozen): the trees that the step takes, from the full trees of the window's stacks."""
+def split_phase(
+    spec: StepSpec, window: Window, embed: Tree, head: Tree, stacks: dict[int, Tree], reference: Tree | None = None
+) -> tuple[Tree, Tree]:
+    """(learning, frozen): the trees that the step takes, from the full trees of the window's stacks.
+
+    reference: the embedding that the suffix was trained on, where consistency with it is asked for.
+    """
     free, fixed = window.split(stacks)
     learning: dict[str, Any] = {"stacks": free}
     frozen: dict[str, Any] = {"stacks": fixed}
     (learning if spec.train_head else frozen)["head"] = head
+    if spec.consistency is not None:
+        frozen["reference"] = reference
     if spec.train_embed:
         learning["embed"] = embed
     elif spec.from_tokens or spec.task.rack.tie_embeddings:
@@ -73,6 +81,9 @@ def _initial_optimizer(cfg: OptimizerConfig, placement: Placement, learning: Tre
     return jax.lax.with_sharding_constraint(opt, placement.params(opt))
 
 
+_join = jax.jit(join_state, static_argnames="layout", donate_argnames="opt")
+
+
 class Resident:
     """Trains the window of a phase on the device.
 
@@ -81,16 +92,23 @@ class Resident:
     """
 
     def __init__(
-        self, rack: Rack, phase: Phase, task: TaskSpec, weights: Weights, programs: StepPrograms, constants: Tree
+        self,
+        rack: Rack,
+        phase: Phase,
+        task: TaskSpec,
+        weights: Weights,
+        programs: StepPrograms,
+        constants: Tree,
+        reference: Tree | None = None,
     ):
-        """Takes what it trains out of `weights`; a fresh optimizer state."""
+        """Takes what it trains out of `weights`; a fresh optimizer state. reference: see `split_phase`."""
         self._rack, self._phase, self._weights, self._programs = rack, phase, weights, programs
         self._constants = constants
         self.window = Window(rack, phase)
         self.spec = step_spec(task, phase, self.window)
         stacks = {i: weights.full_on_device(i) for i in phase.window}
         embed, head = weights.on_device(EMBED), weights.on_device(HEAD)
-        learning, self.frozen = split_phase(self.spec, self.window, embed, head, stacks)
+        learning, self.frozen = split_phase(self.spec, self.window, embed, head, stacks, reference)
         self.state = initial_state(self.spec, weights.placement, learning)
         merged = [item for ids in self.window.ids if len(ids) > 1 for i in ids for item in weights.stack_items(i)]
         for item in {*learning_items(phase), *merged}:
@@ -113,14 +131,13 @@ class Resident:
         self.state, metrics = self._compiled(self.state, self.frozen, data, self._constants)
         return metrics
 
-    @property
-    def carried(self) -> dict[str, State]:
-        """The optimizer state of each item that learns."""
-        return split_state(self.state.opt, self.window)
+    def carried(self, item: str) -> State:
+        """The optimizer state of an item that learns."""
+        return item_state(self.state.opt, self.window.layout, item)
 
     def carry(self, items: dict[str, State]) -> None:
         """Begin with the optimizer state that these items have from an earlier phase."""
-        opt = jax.jit(lambda opt, items: join_state(opt, self.window, items))(self.state.opt, items)
+        opt = _join(self.state.opt, self.window.layout, items)
         placement = self._weights.placement
         self.state = self.state._replace(opt=placement.put(opt, placement.params(opt)))
 

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 
 from stackwise_jax.checkpoint import Progress, by_first_process, plain
-from stackwise_jax.curriculum import Phase
+from stackwise_jax.curriculum import Phase, trained_apart
 from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
-from stackwise_jax.engine.border import hand_over, keep_moments, open_phase
+from stackwise_jax.engine.border import hand_over, keep_moments, open_phase, reference_embedding
 from stackwise_jax.engine.events import NullReporter, Reporter, StopFlag
 from stackwise_jax.engine.heldout import held_out, held_out_batches
 from stackwise_jax.engine.loop import Feed, run_phase
@@ -146,12 +146,11 @@ class Run:
         return self.recorder.commit(phase=0, step=0)
 
     def _summary(self) -> dict:
-        summary = {
+        summary: dict[str, Any] = {
             "run": str(self.setup.run_dir),
             "plan": self.config.curriculum.title,
             "phases": [{k: v for k, v in r.items() if k not in ("versions", "formats")} for r in self.recorder.results],
-            "held_out_loss": self.recorder.results[-1]["held_out_loss"],
-            "bits_per_byte": self.recorder.results[-1]["bits_per_byte"],
+            **self._quality(),
             "tokens": sum(r["tokens"] for r in self.recorder.results),
             "flops": sum(r["flops"] for r in self.recorder.results),
             "seconds": sum(r["seconds"] for r in self.recorder.results),
@@ -160,6 +159,13 @@ class Run:
             text = json.dumps(plain(summary), indent=2) + "\n"
             directory.write_atomically(self.setup.run_dir / directory.SUMMARY, text)
         return summary
+
+    def _quality(self) -> dict[str, float]:
+        """Held-out loss at the end; of denoisers with intervals of their own the sum of their partial bounds."""
+        apart, results = trained_apart(self.phases), self.recorder.results
+        partial = len(apart) > 1 and all(self.phases[i].noise.kind == "elbo" for i in apart)
+        ends = [result for result in results if result["index"] in apart] if partial else results[-1:]
+        return {name: sum(end[name] for end in ends) for name in ("held_out_loss", "bits_per_byte")}
 
     # One phase.
 
@@ -203,7 +209,9 @@ class Run:
         corruption = "fixed" if choice.use or phase.corruption == "fixed" else "fresh"
         phase = dataclasses.replace(phase, corruption=corruption)
         origin = self.setup.adapters
-        open_phase(weights, self.recorder, phase, begins=not start, cached=choice.use, adapters=origin)
+        how = {"begins": not start, "cached": choice.use, "adapters": origin, "again": index + 1}
+        open_phase(weights, self.recorder, phase, **how)
+        reference = reference_embedding(weights, self.recorder, phase, begins=not start)
         constants = constants_of(self.placement, phase.seed, index, self.setup.tokenizer.token_bytes)
         prefix = Prefix(weights, phase, task, self.placement, constants["corruption_key"])
         reason, advanced = choice.reason, None
@@ -214,7 +222,7 @@ class Run:
             reason += "; filled" if advanced is None else f"; advanced through {advanced} more stack(s)"
         else:
             self.cache.close()
-        executor = Resident(rack, phase, task, weights, self.programs, constants)
+        executor = Resident(rack, phase, task, weights, self.programs, constants, reference)
         # A cached phase meets the same batches as the phases before it, any other goes on in the stream.
         offset = 0 if choice.use else sum(p.steps for p in self.phases[:index])
         feed = Feed(phase, self.loader, prefix, self.cache if choice.use else None, self.placement, offset, start)

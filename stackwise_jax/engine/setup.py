@@ -12,9 +12,9 @@ from stackwise_jax.config import StackWiseConfig, parse_bytes
 from stackwise_jax.curriculum import Phase, Plan, make_plan
 from stackwise_jax.data import Dataset, Loader, Tokenizer, load_datasets, load_tokenizer, training_texts
 from stackwise_jax.engine.shape import rack_shape
-from stackwise_jax.engine.source import Origin, Source, adapters_for, origin_for
+from stackwise_jax.engine.source import Origin, Source, adapters_for, origin_for, saved_items
 from stackwise_jax.engine.step import TaskSpec
-from stackwise_jax.engine.weights import nearest_stack
+from stackwise_jax.engine.weights import nearest_stack, stack_item
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory import Placement, make_mesh
 from stackwise_jax.model import Rack, can_copy, create_rack_from_config, padded_vocab, regroup
@@ -100,8 +100,10 @@ def prepare(config: StackWiseConfig, run_dir: Path, rack: Rack | None = None) ->
     plan = make_plan(config, rack_shape(rack, config.data))
     _check_attention(rack, plan)
     rack = regroup(rack, plan.stack_sizes)
-    origin, adapters = origin_for(config, rack, tokenizer), adapters_for(config, rack, plan)
-    _check_copies(rack, plan, frozenset(origin.stacks if origin else ()))
+    saved = saved_items(run_dir)
+    origin, adapters = origin_for(config, rack, tokenizer, saved), adapters_for(config, rack, plan, saved)
+    existing = {i for i in range(len(rack.stacks)) if stack_item(i) in saved}
+    _check_copies(rack, plan, frozenset(origin.stacks if origin else existing))
     train, valid = load_datasets(config.data, tokenizer, seed)
     return Setup(config, run_dir, tokenizer, rack, plan, placement, train, valid, origin, adapters)
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from stackwise_jax.adapters import merge_adapters
 from stackwise_jax.checkpoint import Progress, Store
 from stackwise_jax.config import StackWiseConfig
-from stackwise_jax.curriculum import AdapterSpec, Phase, Plan, StackAdapter, make_plan
+from stackwise_jax.curriculum import AdapterSpec, Phase, Plan, StackAdapter, make_plan, trained_apart
 from stackwise_jax.data import Tokenizer, load_tokenizer
 from stackwise_jax.engine.directory import CHECKPOINTS, CONFIG, TOKENIZER, check_unchanged, read_config, read_rack
 from stackwise_jax.engine.shape import rack_shape
-from stackwise_jax.engine.weights import adapter_item, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, stack_item
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import Block, Rack
 
@@ -106,14 +107,24 @@ class Source:
 
     @property
     def experts(self) -> list[int]:
-        """The phases that ended and whose paths share no stack with a later one: each is a model of its own."""
-        found, covered = [], set()
-        for result in reversed(self.progress.results):
-            path = set(self.plan.phases[result["index"]].path)
-            if not path & covered:
-                found.append(result["index"])
-            covered |= path
-        return found[::-1]
+        """The phases whose ends are the models of the run: one, or the denoisers of intervals of noise of their own.
+
+        Denoisers share no stack and the noise falls from one to the next. Of other models that share no stack the last
+        one counts.
+
+        Raises:
+            UsageError: some of the denoisers have not been trained yet.
+        """
+        apart = trained_apart(self.plan.phases)
+        if len(apart) == 1:
+            return [self.index]
+        ended = {result["index"] for result in self.progress.results}
+        if missing := [self.plan.phases[index].name for index in apart if index not in ended]:
+            raise UsageError(
+                f"{self.run_dir} has not yet trained all of its {len(apart)} denoisers ({', '.join(missing)} to come); "
+                "let train reach its end"
+            )
+        return apart
 
 
 def _ended(result: dict) -> tuple[dict, dict, int]:
@@ -134,11 +145,12 @@ def check_fits(source: Source, stacks: dict[int, int], rack: Rack, key: str) -> 
         UsageError: the first thing that differs, with both values.
     """
     where = f"{key} {source.run_dir}"
-    for name in ("d_model", "vocab_size", "tie_embeddings", "time_embedding"):
+    for name in ("d_model", "vocab_size", "tie_embeddings"):
         ours, theirs = getattr(rack, name), getattr(source.rack, name)
         if ours != theirs:
-            what = "objective.time and model.time_embedding" if name == "time_embedding" else f"model.{name}"
-            raise UsageError(f"{where}: its {name} is {theirs} and here it is {ours}; write {what} as in that run")
+            raise UsageError(
+                f"{where}: its {name} is {theirs} and here it is {ours}; write model.{name} as in that run"
+            )
     for ours, theirs in stacks.items():
         new, old = rack.stacks[ours].blocks, source.rack.stacks[theirs].blocks
         if len(new) != len(old):
@@ -161,27 +173,55 @@ def _difference(a: Block, b: Block) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where the first weights of a run come from. stacks: stack of the run -> stack of the source."""
+    """Where the first weights of a run come from.
+
+    stacks: stack of the run -> stack of the source. merge: the source's adapters go into the weights; not where they
+    are taken over as adapters.
+    """
 
     source: Source
     stacks: dict[int, int]
+    merge: bool = True
 
     def load(self, item: str, like: Tree) -> Tree | None:
-        """An item of the new run with its adapters merged, in full precision; None: the source does not have it."""
-        if not item.startswith("stacks/"):
+        """An item of the new run in full precision; None: the source does not have it."""
+        if item == EMBED:
+            return self._embedding(like)
+        if item == HEAD:
             return self.source.load(item, like)
-        stack = int(item.split("/")[1])
-        return self.source.load_merged(self.stacks[stack], like) if stack in self.stacks else None
+        stack = self.stacks.get(int(item.split("/")[1]))
+        if stack is None:
+            return None
+        return self.source.load_merged(stack, like) if self.merge else self.source.load(stack_item(stack), like)
+
+    def _embedding(self, like: Tree) -> Tree:
+        """The embedding; a time embedding that this rack has and the source has not, or another, begins at zero."""
+        there = self.source.store.item_shapes(EMBED, self.source.versions[EMBED])
+        kept = {name: like[name] for name in like if name != "time"}
+        if alike := jax.tree.map(lambda x: x.shape, there.get("time")) == jax.tree.map(
+            lambda x: x.shape, like.get("time")
+        ):
+            kept = like
+        unused = {"time": there["time"]} if "time" in there and not alike else {}
+        tree = self.source.load(EMBED, kept | unused)
+        zeros = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), like)
+        return {name: tree[name] if name in kept else zeros[name] for name in like}
 
 
-def origin_for(config: StackWiseConfig, rack: Rack, tokenizer: Tokenizer) -> Origin | None:
-    """What run.init_from, init_depth and init_stacks name.
+def saved_items(run_dir: Path) -> dict[str, int]:
+    """The items that a run has saved so far: what it no longer takes from another run. Empty where none was begun."""
+    progress = Store(run_dir / CHECKPOINTS).latest()
+    return progress.versions if progress is not None else {}
+
+
+def origin_for(config: StackWiseConfig, rack: Rack, tokenizer: Tokenizer, saved: dict[str, int]) -> Origin | None:
+    """What run.init_from, init_depth and init_stacks name; None also where the run has its weights already.
 
     Raises:
         UsageError: there is no such run, depth or stack, or it fits this rack or tokenizer not.
     """
     run = config.run
-    if run.init_from is None:
+    if run.init_from is None or saved:
         return None
     try:
         source = Source(run.init_from, run.init_depth)
@@ -189,6 +229,11 @@ def origin_for(config: StackWiseConfig, rack: Rack, tokenizer: Tokenizer) -> Ori
         raise UsageError(f"run.init_from, init_depth: {str(error).replace('--depth', 'run.init_depth')}") from None
     if unknown := sorted(set(run.init_stacks) - set(source.path)):
         raise UsageError(f"run.init_stacks names {unknown}; {source.run_dir} has the stacks {list(source.path)}")
+    if len(source.experts) > 1:
+        raise UsageError(
+            f"run.init_from {source.run_dir} holds {len(source.experts)} denoisers that were trained apart; name a run "
+            "that ended as one model"
+        )
     taken = run.init_stacks or source.path
     if len(taken) > len(rack.stacks):
         raise UsageError(
@@ -202,23 +247,35 @@ def origin_for(config: StackWiseConfig, rack: Rack, tokenizer: Tokenizer) -> Ori
             f"run.init_from {source.run_dir} was trained with another tokenizer; write the tokenizer section of its "
             f"{source.run_dir / CONFIG}, or tokenizer.kind file with the .model in {source.run_dir / TOKENIZER}"
         )
-    return Origin(source, stacks)
+    load_from = config.curriculum.adapters.load_from
+    if load_from is None or Path(load_from).absolute() != source.run_dir.absolute():
+        return Origin(source, stacks)
+    if any(ours != theirs for ours, theirs in stacks.items()):
+        raise UsageError(
+            f"run.init_from and curriculum.adapters.load_from are both {source.run_dir}, and run.init_stacks puts its "
+            "stacks elsewhere than its adapters; leave one of the three out"
+        )
+    return Origin(source, stacks, merge=False)
 
 
-def adapters_for(config: StackWiseConfig, rack: Rack, plan: Plan) -> Source | None:
-    """The run that adapters.load_from names.
+def _shown(spec: AdapterSpec) -> str:
+    return f"rank {spec.rank}, alpha {spec.alpha:g}, dropout {spec.dropout:g} on {', '.join(spec.targets)}"
+
+
+def adapters_for(config: StackWiseConfig, rack: Rack, plan: Plan, saved: dict[str, int]) -> Source | None:
+    """The run that adapters.load_from names; None also where the run has all adapters already.
 
     Raises:
         UsageError: there is no such run, it has no adapters, or they fit this rack or the phases not.
     """
     path, key = config.curriculum.adapters.load_from, "curriculum.adapters.load_from"
-    if path is None:
+    wanted = {adapter_item(a): a for phase in plan.phases for a in phase.adapters}
+    if path is None or (wanted and saved.keys() >= wanted.keys()):
         return None
     try:
         source = Source(path)
     except UsageError as error:
         raise UsageError(f"{key}: {error}") from None
-    wanted = {adapter_item(a): a for phase in plan.phases for a in phase.adapters}
     if not source.adapters:
         raise UsageError(f"{key} {path}: that run has no adapters; name one that was trained with some")
     if not wanted:
@@ -235,10 +292,12 @@ def adapters_for(config: StackWiseConfig, rack: Rack, plan: Plan) -> Source | No
                 "made it, or put its adapters into its weights (python -m stackwise_jax.convert --merge_adapters) and "
                 "start from those with run.init_from"
             )
-        if (ours.spec.rank, ours.spec.targets) != (theirs.spec.rank, theirs.spec.targets):
+        if ours.spec != theirs.spec:
+            shown = lambda spec: (
+                f"rank {spec.rank}, alpha {spec.alpha:g}, dropout {spec.dropout:g} on {list(spec.targets)}"
+            )
             raise UsageError(
-                f"{key} {path}: the {theirs.name} adapter of stack {theirs.stack} has rank {theirs.spec.rank} on "
-                f"{', '.join(theirs.spec.targets)} and here rank {ours.spec.rank} on {', '.join(ours.spec.targets)}; "
-                "write the adapters section of that run"
+                f"{key} {path}: the {theirs.name} adapter of stack {theirs.stack} has {shown(theirs.spec)} and here "
+                f"{shown(ours.spec)}; write the adapters section of that run"
             )
     return source

@@ -145,15 +145,15 @@ def window_loss(
             dropout_key=key,
         )
         if reference is not None and i == last:
-            distance = consistency_distance(x_BTD, task.embed(embed, reference), batch.segment_ids_BT)
+            distance = consistency_distance(x_BTD, task.embed(frozen["reference"], reference), batch.segment_ids_BT)
     train_kernel = spec.train_head or (spec.train_embed and task.rack.tie_embeddings)
     nll, correct = token_loss(task, head, embed, x_BTD, batch, train_kernel=train_kernel)
     return nll, correct, distance
 
 
 def consistency_distance(x_BTD: jax.Array, reference_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """The sum over real tokens of |x - r|^2 / |r|^2, in float32; no gradient flows to the reference r."""
-    r_BTD = jax.lax.stop_gradient(reference_BTD).astype(jnp.float32)
+    """The sum over real tokens of |x - r|^2 / |r|^2, in float32; r is the reference."""
+    r_BTD = reference_BTD.astype(jnp.float32)
     apart_BT = jnp.square(x_BTD.astype(jnp.float32) - r_BTD).sum(-1) / (jnp.square(r_BTD).sum(-1) + 1e-6)
     return jnp.where(segment_ids_BT != 0, apart_BT, 0.0).sum()
 

@@ -39,6 +39,7 @@ from stackwise_jax.model import (
 
 Tree = Any
 EMBED, HEAD = "embed", "head"
+ANEW = 5  # stream of the run's root key for adapters that are made anew; others take 0 to 4, 16 and 17
 
 
 def stack_item(index: int) -> str:
@@ -144,7 +145,7 @@ class Weights:
 
         Args:
             init: of a stack: at random, a copy of the item `source`, or at random with zeroed outputs.
-            again: how often the item was made before (adapters that were merged); other numbers each time.
+            again: of adapters that are made anew after a merge, a number of their own; 0: the first time.
         """
         if init == "copy" and source is not None:
             self.ensure(source, self.master)
@@ -158,7 +159,9 @@ class Weights:
             stack = bare(self.rack.stacks[index])
             first = self.placement.put(np.int32(self._first_block[index]), self.placement.replicated)
             if item in self.adapters:
-                key = jax.random.fold_in(self._root_key, again) if again else self._root_key
+                key = self._root_key
+                if again:
+                    key = jax.random.fold_in(jax.random.fold_in(key, ANEW), again)
                 tree = _init_adapter(stack, dataclasses.replace(self.adapters[item], stack=0), first, key)
             else:
                 tree = _init_blocks(stack, self.placement, first, self._root_key)

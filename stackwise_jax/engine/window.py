@@ -14,6 +14,7 @@ from stackwise_jax.model import Rack, Stack, combine, concat_blocks, merge_alike
 
 Tree = Any
 Learns = Literal["weights", "adapters", "nothing"]
+Layout = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # per group: stack ids, and the blocks of each
 
 
 class Window:
@@ -60,9 +61,10 @@ class Window:
                 trees |= dict(zip(ids, self.split_group(combine(free, fixed), sizes), strict=True))
         return trees
 
-    def sizes(self, group: int) -> tuple[int, ...]:
-        """Blocks of each stack of a group."""
-        return self._sizes[group]
+    @property
+    def layout(self) -> Layout:
+        """Which stacks make up each group."""
+        return tuple((tuple(ids), sizes) for ids, sizes in zip(self.ids, self._sizes, strict=True))
 
     def _merge(self, trees: dict[int, Tree]) -> list[Tree]:
         """The full tree of each group."""

@@ -54,34 +54,42 @@ def evaluate_run(
         loss (nats per token), perplexity, bits_per_byte, accuracy, tokens, and standard_error of bits_per_byte over the
         draws (None for a single draw; 0 for clm, which draws nothing).
     """
-    objective, noise, attention_mode = task or task_of(loaded)
+    task = task or task_of(loaded)
+    results = _draws(loaded, dataset, task, limit, draws)
+    mean = {name: statistics.fmean(result[name] for result in results) for name in results[0]}
+    error = _error([result["bits_per_byte"] for result in results], random=task.objective.kind != "clm")
+    return mean | {"perplexity": _perplexity(mean["loss"]), "standard_error": error, "noise": task.noise.kind}
+
+
+def _draws(loaded: LoadedRun, dataset: Dataset, task: Task, limit: int, draws: int) -> list[dict[str, float]]:
+    """What `held_out` finds in each draw of the corruption; a single one for clm."""
     rack, placement = loaded.rack, loaded.placement
     ends = rack.clone(stacks=rack.stacks[:1], parent=None)
-    spec = TaskSpec(ends, objective, noise, attention_mode, vocab_of(loaded.tokenizer), placement)
+    vocab = vocab_of(loaded.tokenizer)
+    spec = TaskSpec(ends, task.objective, task.noise, task.attention_mode, vocab, placement)
     stacks = list(zip(rack.stacks, loaded.params["stacks"].values(), strict=True))
     table = placement.put(jnp.asarray(loaded.tokenizer.token_bytes, jnp.float32), placement.replicated)
     n_devices = placement.mesh.size  # the batch is split evenly over them, whatever the run had
     batch_size = -(-loaded.config.data.batch_size // n_devices) * n_devices
-    pad_id = loaded.tokenizer.pad_id
-    random = objective.kind != "clm"
-    results = [
+    return [
         held_out(
             spec,
             stacks,
             loaded.params["embed"],
             loaded.params["head"],
-            held_out_batches(dataset, batch_size, pad_id, limit),
+            held_out_batches(dataset, batch_size, loaded.tokenizer.pad_id, limit),
             table,
             draw=draw,
         )
-        for draw in range(draws if random else 1)
+        for draw in range(draws if task.objective.kind != "clm" else 1)
     ]
-    mean = {name: statistics.fmean(result[name] for result in results) for name in results[0]}
-    bits = [result["bits_per_byte"] for result in results]
-    error = None if random else 0.0
-    if len(bits) > 1:
-        error = statistics.stdev(bits) / math.sqrt(len(bits))
-    return mean | {"perplexity": _perplexity(mean["loss"]), "standard_error": error, "noise": noise.kind}
+
+
+def _error(bits: list[float], *, random: bool) -> float | None:
+    """The standard error of the mean over draws; 0 where nothing is drawn, None where one draw says nothing of it."""
+    if not random:
+        return 0.0
+    return statistics.stdev(bits) / math.sqrt(len(bits)) if len(bits) > 1 else None
 
 
 class Task(NamedTuple):
@@ -110,8 +118,9 @@ def task_of(loaded: LoadedRun, kind: ObjectiveKind | None = None, attention_mode
         noise = {"clm": Noise(), "mlm": Noise(kind="fixed", low=share, high=share), "diffusion": _WHOLE}[kind]
         natural: AttentionMode = "causal" if kind == "clm" else "bidirectional"
         task = Task(Objective(kind=kind), noise, attention_mode or natural)
-    if task.objective.kind == "diffusion" and task.noise.kind != "elbo":
-        task = task._replace(noise=_WHOLE)
+    if task.objective.kind == "diffusion":
+        whole = task.noise.kind == "elbo" and (task.noise.low, task.noise.high) == (0.0, 1.0)
+        task = task if whole else task._replace(noise=_WHOLE)
     if task.objective.kind == "clm" and task.attention_mode == "bidirectional":
         raise UsageError(
             "objective clm sees its own targets under bidirectional attention; write --attention_mode causal"
@@ -135,13 +144,17 @@ def evaluate_experts(
     parts = []
     for expert, (low, high) in zip(ordered, itertools.pairwise(cuts), strict=True):
         task = task_of(expert)._replace(noise=Noise(kind="elbo", low=low, high=high))
-        parts.append(evaluate_run(expert, dataset, task=task, limit=limit, draws=draws))
-    total = {name: sum(part[name] for part in parts) for name in ("loss", "bits_per_byte")}
-    errors = [part["standard_error"] for part in parts]
-    error = None if None in errors else math.hypot(*errors)
-    accuracy = statistics.fmean(part["accuracy"] for part in parts)
-    rest = {"accuracy": accuracy, "tokens": parts[0]["tokens"], "standard_error": error, "noise": "elbo"}
-    return total | {"perplexity": _perplexity(total["loss"])} | rest
+        parts.append(_draws(expert, dataset, task, limit, draws))
+    # All experts meet the same corruption in a draw, so the sums of the draws are what varies.
+    sums = [{name: sum(part[name] for part in draw) for name in draw[0]} for draw in zip(*parts, strict=True)]
+    mean = {name: statistics.fmean(total[name] for total in sums) for name in sums[0]}
+    return mean | {
+        "perplexity": _perplexity(mean["loss"]),
+        "accuracy": mean["accuracy"] / len(ordered),
+        "tokens": mean["tokens"] / len(ordered),
+        "standard_error": _error([total["bits_per_byte"] for total in sums], random=True),
+        "noise": "elbo",
+    }
 
 
 _WHOLE = Noise(kind="elbo", low=0.0, high=1.0)  # the bound over all shares
