@@ -145,3 +145,20 @@ def test_two_processes_that_share_the_weights_stop_together_and_go_on(one_device
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     result = json.loads((two.run("stackwise") / "summary.json").read_text())["phases"][1]
     assert answer["loss"] == pytest.approx(result["held_out_loss"], rel=1e-4)
+
+
+CURRICULA = {
+    "adapters": STEPS | {"curriculum.plan": "append", "curriculum.trunk": "adapt", "curriculum.adapters.merge": "true"},
+    "growth": STEPS | {"curriculum.plan": "grow", "curriculum.init": "copy", "optimizer.name": "muon"},
+    "time": STEPS | {"curriculum.plan": "rackwise", "objective.kind": "diffusion", "objective.time": "input"},
+    "consistency": STEPS | {"curriculum.plan": "prepend", "curriculum.consistency": 0.1},
+}
+
+
+def test_adapters_growth_and_time_on_devices_that_share_each_weight(tmp_path):
+    finish(worker(tmp_path / "one", CURRICULA, devices=1))
+    finish(worker(tmp_path / "four", CURRICULA, devices=4, data=2, fsdp=2))
+    one, four = Spread(tmp_path / "one"), Spread(tmp_path / "four")
+    assert max(four.seen("learning") + four.seen("optimizer")) < 0.7
+    for name in CURRICULA:
+        assert four.losses(name) == pytest.approx(one.losses(name), rel=1e-4), name

@@ -193,7 +193,10 @@ def _regrouped(
             old, (tree, on_stack) = next(rest)
             waiting += [(block, on_stack) for block in unstack_blocks(old, tree)]
         taken, waiting = waiting[: len(stack.blocks)], waiting[len(stack.blocks) :]
-        yield stack_blocks(stack, [block for block, _ in taken]), taken[0][1]
+        made = stack_blocks(stack, [block for block, _ in taken]), taken[0][1]
+        del taken  # the next stack is read only when these blocks are gone
+        yield made
+        del made
 
 
 def _finish(
