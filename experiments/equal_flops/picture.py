@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MIB = 2**20
+from compare import NO, YES
+from reading import MIB
+
 MISSING = "no picture: matplotlib is not installed; write pip install 'stackwise_jax[experiments]' and run this again"
 APART = 0.032  # labels of one column, as a share of the height
 NEAR = 0.03  # points so near each other belong to one column, as a share of the width
@@ -41,8 +43,8 @@ def _panel(axis, measure: str, rows: Sequence[Mapping[str, Any]], floors: Sequen
     plain = sorted((row for row in rows if row["plain"]), key=lambda row: row["learning_state"])
     recipes = [row for row in rows if not row["plain"]]
     axis.plot(*_places(plain), "o-", color="black", linewidth=1, zorder=3, label="plain model, end to end")
-    for (color, label), told in _KINDS.items():
-        points = _places([row for row in recipes if _won(row) == told])
+    for kind, (color, label) in KINDS.items():
+        points = _places([row for row in recipes if kind_of(row) == kind])
         axis.plot(*points, "o", color=color, label=label, zorder=4)
     states, bits = _places(rows)
     low, high = min(bits), max(bits)
@@ -55,20 +57,21 @@ def _panel(axis, measure: str, rows: Sequence[Mapping[str, Any]], floors: Sequen
             axis.axhline(floor, color="0.7", linestyle=":", linewidth=1)
             axis.text(axis.get_xlim()[0], floor, f" {n}-gram", color="0.4", va="bottom", fontsize=8)
     _label(axis, rows, width, high - low + 2 * margin)
-    axis.set(title=measure, xlabel="peak learning state, MiB", ylabel="held-out bits per byte")
+    axis.set(xlabel="peak learning state, MiB", ylabel="held-out bits per byte (fewer are better)")
+    axis.set_title(f"{measure}\ngreen: beats its control and the best plain model; grey: undecided; red: worse")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2, fontsize=8, frameon=False)
 
 
-_KINDS = {  # (color, label) -> (beats its control, has a case)
-    ("tab:green", "beats every plain model that fits"): (True, True),
-    ("tab:orange", "beats only its control"): (True, False),
-    ("tab:red", "does not beat its control"): (False, False),
+KINDS = {  # -> color, label
+    "case": ("tab:green", "beats its control and the best plain model that is no larger"),
+    "undecided": ("tab:gray", "undecided: within the noise, or too few seeds"),
+    "none": ("tab:red", "worse than its control or than that model"),
 }
 
 
-def _won(row: Mapping[str, Any]) -> tuple[bool, bool]:
-    verdicts = [row.get(name, "no").startswith("yes") for name in ("verdict", "case")]
-    return verdicts[0], all(verdicts)
+def kind_of(row: Mapping[str, Any]) -> str:
+    """Which of KINDS a recipe belongs to; one without a control is undecided."""
+    return {YES: "case", NO: "none"}.get(row.get("case", ""), "undecided")
 
 
 def _places(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:

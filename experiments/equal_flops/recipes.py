@@ -94,9 +94,7 @@ RECIPES: dict[str, Recipe] = {
     "append-1of6": Recipe("a new stack on a frozen trunk", APPEND, stacks=6, sixths=1),
     "append-2of6": Recipe("a new stack on a frozen trunk", APPEND),
     "append-3of6": Recipe("a new stack on a frozen trunk", APPEND, stacks=2, sixths=3),
-    "append-2of6-decay-last": Recipe(
-        "the learning rate decays in the last stage only", (*APPEND, *DECAY_LAST)
-    ),
+    "append-2of6-decay-last": Recipe("the learning rate decays in the last stage only", (*APPEND, *DECAY_LAST)),
     "append-2of6-overlap": Recipe("the stack below the new one learns on", (*APPEND, "--curriculum.overlap=1")),
     "append-2of6-overlap-decay-last": Recipe(
         "the same, the learning rate decays in the last stage only", (*APPEND, "--curriculum.overlap=1", *DECAY_LAST)
