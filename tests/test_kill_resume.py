@@ -245,6 +245,10 @@ PLANS = {
     "independent": DIFFUSION | {"objective.interval_overlap": 0.2},
     "fusion": {"curriculum.learn": "[0, 2]", "curriculum.trunk": "adapt"},
     "joint": DIFFUSION | {"objective.time": "input"},
+    "custom": {
+        "curriculum.phases": "[{name: a, path: [0, 1], train: [0, 1], train_embed: true}, {name: b, path: [0, 1], "
+        "adapt: [0, 1]}, {name: c, path: [2, 0, 1], train: [2], adapt: [1], merge_adapters: true, init: copy}]"
+    },
 }
 
 
