@@ -1,5 +1,12 @@
 """LoRA adapters: trees of their own beside the weights of a stack."""
 
-from stackwise_jax.adapters.lora import adapter_count, init_adapter, merge_adapters, split_adapters
+from stackwise_jax.adapters.lora import (
+    adapter_count,
+    detach_adapters,
+    init_adapter,
+    merge_adapters,
+    one_adapter,
+    split_adapters,
+)
 
-__all__ = ["adapter_count", "init_adapter", "merge_adapters", "split_adapters"]
+__all__ = ["adapter_count", "detach_adapters", "init_adapter", "merge_adapters", "one_adapter", "split_adapters"]

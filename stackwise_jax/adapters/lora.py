@@ -20,6 +20,7 @@ from stackwise_jax.curriculum.phase import AdapterSpec, StackAdapter
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import Block, Params, Stack, dtype_of
 from stackwise_jax.model.linear import MATRICES
+from stackwise_jax.model.partition import split_names
 from stackwise_jax.model.stack import block_name
 
 STREAMS = {"stack": 16, "trunk": 17}  # folded into a run's root key, as those of model.functional are
@@ -81,17 +82,25 @@ def split_adapters(tree: Params) -> tuple[Params, Params]:
 
     Learnable are `a` and `b`. `model.combine` puts the two together again.
     """
-    learnable, fixed = {}, {}
+    return split_names(tree, LEARNS)
+
+
+def detach_adapters(tree: Params) -> tuple[Params, Params]:
+    """(weights, adapters) of a stack's full tree: two trees that `model.combine` puts together again."""
+    adapters, weights = split_names(tree, ("adapters",))
+    return weights, adapters
+
+
+def one_adapter(tree: Params, adapter: str) -> Params:
+    """Of a stack's adapters those of one name."""
+    picked = {}
     for name, branch in tree.items():
-        if isinstance(branch, dict):
-            inner_learnable, inner_fixed = split_adapters(branch)
-            if inner_learnable:
-                learnable[name] = inner_learnable
-            if inner_fixed:
-                fixed[name] = inner_fixed
-        else:
-            (learnable if name in LEARNS else fixed)[name] = branch
-    return learnable, fixed
+        if name == "adapters":
+            if adapter in branch:
+                picked[name] = {adapter: branch[adapter]}
+        elif isinstance(branch, dict) and (inner := one_adapter(branch, adapter)):
+            picked[name] = inner
+    return picked
 
 
 def merge_adapters(stack_params: Params, adapter_tree: Params) -> Params:

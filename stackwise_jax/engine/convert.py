@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from stackwise_jax.adapters import merge_adapters
+from stackwise_jax.adapters import detach_adapters, merge_adapters, one_adapter
 from stackwise_jax.checkpoint import Progress, Store, writing
 from stackwise_jax.config import StackWiseConfig, resolved_yaml
 from stackwise_jax.config.schema import CurriculumConfig, StackInit
@@ -23,7 +23,6 @@ from stackwise_jax.engine import directory
 from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.engine.source import Source, check_fits
 from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, stack_item
-from stackwise_jax.engine.window import detach_adapters, one_adapter
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import (
     Rack,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stackwise_jax.adapters import detach_adapters, one_adapter
 from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.curriculum.phase import Phase
 from stackwise_jax.engine.carry import State, item_state, join_state
@@ -17,7 +18,7 @@ from stackwise_jax.engine.optimizer import make_optimizer
 from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
 from stackwise_jax.engine.step import StepData, StepSpec, TaskSpec, TrainState
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, adapter_item, learning_items, stack_item
-from stackwise_jax.engine.window import Window, detach_adapters, one_adapter
+from stackwise_jax.engine.window import Window
 from stackwise_jax.memory import Placement
 from stackwise_jax.model import Rack, Stack, combine
 

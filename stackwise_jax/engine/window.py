@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from stackwise_jax.adapters import split_adapters
+from stackwise_jax.adapters import detach_adapters, split_adapters
 from stackwise_jax.curriculum.phase import Phase
 from stackwise_jax.model import Rack, Stack, combine, concat_blocks, merge_alike, split_blocks, split_fixed
 
@@ -82,35 +82,6 @@ def _kind(phase: Phase, index: int) -> tuple[Learns, Hashable]:
     shapes = [(a.name, a.spec.rank, a.spec.targets, a.spec.dropout > 0) for a in phase.adapters if a.stack == index]
     # In one format all leaves of neighbours have one dtype; what learns is in the master's.
     return learns, (tuple(sorted(shapes)), "" if learns == "weights" else phase.format_of(index))
-
-
-def detach_adapters(tree: Tree) -> tuple[Tree, Tree]:
-    """(weights, adapters) of a stack's full tree: two trees that `combine` puts together again."""
-    base, adapters = {}, {}
-    for name, branch in tree.items():
-        if name == "adapters":
-            adapters[name] = branch
-        elif isinstance(branch, dict):
-            inner, found = detach_adapters(branch)
-            if inner:
-                base[name] = inner
-            if found:
-                adapters[name] = found
-        else:
-            base[name] = branch
-    return base, adapters
-
-
-def one_adapter(tree: Tree, adapter: str) -> Tree:
-    """Of a stack's adapters those of one name."""
-    picked = {}
-    for name, branch in tree.items():
-        if name == "adapters":
-            if adapter in branch:
-                picked[name] = {adapter: branch[adapter]}
-        elif isinstance(branch, dict) and (inner := one_adapter(branch, adapter)):
-            picked[name] = inner
-    return picked
 
 
 _concat = jax.jit(concat_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from stackwise_jax.model.spec import Params
@@ -24,6 +25,21 @@ def split_fixed(stack: Stack, params: Params) -> tuple[Params, Params]:
         fixed[name] = {"mlp": {"up": mlp.pop("up")}}
         learnable[name] = {**params[name], "mlp": mlp}
     return learnable, fixed
+
+
+def split_names(tree: Params, names: Collection[str]) -> tuple[Params, Params]:
+    """(branches and leaves with one of these names, the rest) of nested dicts; absent branches dropped."""
+    picked, rest = {}, {}
+    for name, branch in tree.items():
+        if name in names:
+            picked[name] = branch
+        elif isinstance(branch, dict):
+            for part, inner in zip((picked, rest), split_names(branch, names), strict=True):
+                if inner:
+                    part[name] = inner
+        else:
+            rest[name] = branch
+    return picked, rest
 
 
 def combine(a: Params, b: Params) -> Params:
