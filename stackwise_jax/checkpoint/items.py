@@ -260,4 +260,6 @@ def _checkpointer():
 
     sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    # Of several writes that fail together one is raised; asyncio would print the others when they are collected.
+    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
