@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Format = Literal["fp32", "bf16", "fp16", "int8", "fp8", "nf4", "nvfp4"]  # of weights that do not learn
 ObjectiveKind = Literal["clm", "mlm", "diffusion"]
 ObjectiveMode = Literal["auto", "causal", "bidirectional", "model"]
 NoiseKind = Literal["range", "elbo"]
 NoiseSchedule = Literal["linear", "cosine", "exponential"]
 Corruption = Literal["auto", "fixed", "fresh"]
-OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
+OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon", "adamw8bit"]
 LrSchedule = Literal["constant", "cosine", "linear", "wsd"]
 PlanName = Literal[
     "rackwise",
@@ -120,6 +121,7 @@ class ModelConfig:
     init_std: float = 0.02  # of the initial head; of the embedding times sqrt(d_model), or the same where tied
     param_dtype: Literal["fp32", "bf16"] = "fp32"  # of what learns
     compute_dtype: Dtype = "fp32"  # of activations and matrix products; norms and softmax are fp32
+    quantized_matmul: Literal["dequantize", "native"] = "dequantize"  # native: int8 and fp8 weights meet inputs in kind
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
 
@@ -155,7 +157,10 @@ class OptimizerConfig:
     b1: float = 0.9  # sgd and muon: the momentum
     b2: float = 0.95  # adamw: of the squared gradients; lion: of the momentum
     eps: float = 1e-8  # adamw: added to the root of the squares
-    grad_clip: float = 1.0  # global norm; 0: off
+    grad_clip: float = 1.0  # norm of the gradient; 0: off
+    clip: Literal["global", "stack"] = "global"  # the norm of all that learns, or of each stack
+    state_dtype: Literal["fp32", "bf16"] | None = None  # of the momentum, not adafactor's; None: that of the weights
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of bf16 weights when they are updated
     microbatches: int = 1  # the batch is cut in so many parts inside the step; gradients are those of the full batch
 
 
@@ -195,7 +200,7 @@ class StageConfig:
     name: str | None = None  # None: the plan's
     steps: int | None = None  # None: curriculum.steps
     lr: float | None = None  # None: optimizer.lr
-    frozen: Dtype | None = None  # None: curriculum.frozen
+    frozen: Format | None = None  # None: curriculum.frozen
     level: float | None = None  # the share hidden, diffusion; None: the plan's
     objective: ObjectiveConfig | None = None  # keys left out keep their defaults
     optimizer: OptimizerConfig | None = None  # keys left out keep their defaults
@@ -224,8 +229,8 @@ class PlanConfig:
     steps_growth: float = 1.0  # each phase has so many times the steps of the one before
     stages: list[StageConfig] = field(default_factory=list)  # what single phases have of their own, in their order
     block_size: int = 2  # blockwise: blocks per stack after regrouping
-    frozen: Dtype = "fp32"  # how weights that do not learn are stored
-    frozen_stacks: list[Dtype] = field(default_factory=list)  # the same for each stack from the input; empty: frozen
+    frozen: Format = "fp32"  # how weights that do not learn are stored; embedding and head at least in bf16
+    frozen_stacks: list[Format] = field(default_factory=list)  # the same for each stack from the input; empty: frozen
     stacks_per_stage: list[int] = field(default_factory=lambda: [1])  # new or learning stacks; the last entry repeats
     init: StackInit = "random"  # of stacks that join others; copy: of the nearest; zero: random, but identity at birth
     overlap: int = 0  # stackwise and its kin, append, prepend, keep_last: earlier stacks that learn on beside new ones
@@ -274,6 +279,20 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """Where weights and optimizer state live, and what they have to fit into."""
+
+    offload: Literal["none", "trunk", "trunk+optimizer", "all"] = "none"  # what waits off the device, moved when needed
+    offload_to: Literal["host", "disk"] = "host"  # where it waits: pinned host memory, or a mapped scratch file
+    stack_inputs: Literal["device", "host"] = "device"  # offload: where inputs of stacks wait for the backward pass
+    finished: Literal["master", "frozen"] = "master"  # how stacks that no later phase trains are kept in checkpoints
+    device: str | None = None  # memory to fit into: h200, a100-80, rtx4090, t4, cpu, a size; None: what is here
+    host: str | None = None  # host memory to fit into, a size; None: what is here
+    disk: str | None = None  # disk of the run directory to fit into, a size; None: what is free
+    check: Literal["refuse", "warn", "off"] = "refuse"  # what train does with a run that will not fit
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices: a mesh with the axes data and fsdp, and the processes that share it."""
 
@@ -296,6 +315,7 @@ class StackWiseConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def to_dict(self) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stackwise_jax.config.schema import AdapterTarget, Dtype, NoiseSchedule, ObjectiveKind, OptimizerConfig, StackInit
+from stackwise_jax.config.schema import AdapterTarget, Format, NoiseSchedule, ObjectiveKind, OptimizerConfig, StackInit
 from stackwise_jax.errors import UsageError
 
 AttentionMode = Literal["bidirectional", "causal"]
@@ -107,8 +107,8 @@ class Phase:
     objective: Objective = field(default_factory=Objective)
     noise: Noise = field(default_factory=Noise)
     attention_mode: AttentionMode | None = "causal"  # None: each block's own
-    frozen: Dtype = "fp32"  # how what does not learn is stored
-    frozen_stacks: tuple[Dtype, ...] = ()  # the same for each stack of the path; empty: frozen
+    frozen: Format = "fp32"  # how what does not learn is stored
+    frozen_stacks: tuple[Format, ...] = ()  # the same for each stack of the path; empty: frozen
     init: StackInit = "random"  # how stacks that are grown here begin
     adapters: tuple[StackAdapter, ...] = ()  # on the path in this phase; those that do not exist are made, at zero
     merge_adapters: bool = False  # when the phase begins: into the weights, and the adapters anew
@@ -157,7 +157,7 @@ class Phase:
         """Stacks of which something learns: weights or adapters."""
         return self.train | self.adapt
 
-    def format_of(self, stack: int) -> Dtype:
+    def format_of(self, stack: int) -> Format:
         """How a stack of the path that does not learn is stored."""
         return self.frozen_stacks[self.path.index(stack)] if self.frozen_stacks else self.frozen
 
