@@ -12,15 +12,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
+from stackwise_jax.checkpoint import Progress, Store
 from stackwise_jax.config import StackWiseConfig, load_config, validate
-from stackwise_jax.engine import Run, prepare
+from stackwise_jax.engine import Run, prepare, recorder
 from stackwise_jax.engine.loop import run_phase
 from stackwise_jax.reporting import ConsoleReporter, Reporters, TensorBoardReporter
 
@@ -48,13 +51,48 @@ def configure(file: str, changes: Mapping[str, Any], args: argparse.Namespace) -
     return config
 
 
+class SeedStore(Store):
+    """Checkpoints that are never written: what a run reads back is made again from its seed. For phases of models whose
+    checkpoints would take longer to write than the measuring does."""
+
+    def __init__(self, run: Run, directory: Path, keep: int = 2):
+        super().__init__(directory, keep)
+        self._run, self._metas = run, {}
+
+    def save_item(self, name: str, version: int, tree: Any, meta: dict) -> None:
+        self._metas[name] = meta
+
+    def item_meta(self, name: str, version: int) -> dict:
+        return self._metas[name]
+
+    def commit(self, progress: Progress) -> None:
+        """Nothing is there that a record could name."""
+
+    def load_item(self, name: str, version: int, like: Any = None) -> Any:
+        weights = self._run.weights
+        before, fmt = weights.trees.pop(name, None), weights.formats.get(name)
+        weights.grow(name)
+        tree = weights.trees.pop(name)
+        if before is not None:
+            weights.set(name, before, fmt)
+        if jax.tree.structure(tree) != jax.tree.structure(like):
+            from stackwise_jax.memory.quantized import to_format
+
+            tree = to_format(tree, self._metas[name]["format"])
+        return jax.tree.map(lambda x, wanted: jax.device_put(x.astype(wanted.dtype), wanted.sharding), tree, like)
+
+
 class PhaseLoop:
     """One phase of a run in a directory of its own, set up by the engine and run a few steps at a time.
+
+    Args:
+        index: of the phase, counted from the end if negative.
+        saved: False: no checkpoint is written, see SeedStore.
 
     Console and TensorBoard are drawn as in the train command, the console to nowhere. Use as a context manager.
     """
 
-    def __init__(self, config: StackWiseConfig, index: int = 0):
+    def __init__(self, config: StackWiseConfig, index: int = 0, *, saved: bool = True):
         self._open = contextlib.ExitStack()
         folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
         self.setup = prepare(config, folder / "run")
@@ -62,10 +100,11 @@ class PhaseLoop:
         reporter = Reporters([ConsoleReporter(Console(file=io.StringIO())), board])
         self._open.callback(reporter.close)
         self.run = Run(self.setup, reporter)
-        self.run._open()
+        with contextlib.nullcontext() if saved else mock.patch.object(recorder, "Store", partial(SeedStore, self.run)):
+            self.run._open()
         self._open.callback(self.run.recorder.close)
         self._open.callback(self.run.cache.close)
-        self.work, self.executor = self.run._set_up(index, 0, time.perf_counter())
+        self.work, self.executor = self.run._set_up(index % len(self.run.phases), 0, time.perf_counter())
         self._open.callback(self.work.feed.close)
         self._feed = iter(self.work.feed)
         self.example = next(self._feed)
@@ -73,26 +112,38 @@ class PhaseLoop:
         self.work.step_bytes = self.executor.step_bytes
         self._step = 0
 
-    def loop(self, n: int) -> None:
-        """The engine's own loop: data feed, step, metrics read, logged and reported."""
+    def loop(self, n: int) -> float:
+        """The engine's own loop: data feed, step, metrics read, logged and reported. Returns the last loss."""
         run, work, executor, first = self.run, self.work, self.executor, self._step
         self._step += n
+        losses: list[float] = []
+
+        def on_metrics(step: int, metrics: dict[str, float], seconds: float) -> None:
+            losses.append(metrics["loss"])
+            run._on_metrics(work, step, metrics, seconds)
+
         run_phase(
             executor.step,
             itertools.islice(self._feed, n),
             range(first, first + n),
             before_step=lambda step, flush: run._before_step(work, executor, step, 0, flush),
-            on_metrics=lambda step, metrics, seconds: run._on_metrics(work, step, metrics, seconds),
+            on_metrics=on_metrics,
         )
-        jax.block_until_ready(executor.state)
+        self._settle()
+        return losses[-1]
 
     def steps_alone(self, n: int) -> dict[str, float]:
         """The compiled step by itself, n times on the same data; the metrics of the last."""
         metrics: dict[str, jax.Array] = {}
         for _ in range(n):
             metrics = self.executor.step(self.example)
-        jax.block_until_ready(self.executor.state)
+        self._settle()
         return {name: float(value) for name, value in metrics.items()}
+
+    def _settle(self) -> None:
+        """Wait until what the executor has begun is done."""
+        executor = self.executor
+        jax.block_until_ready((executor.opt, getattr(executor, "state", None), getattr(executor, "learning", None)))
 
     def __enter__(self) -> PhaseLoop:
         return self

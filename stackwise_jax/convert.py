@@ -1,4 +1,4 @@
-"""A run's rack in another shape: `python -m stackwise_jax.convert RUN OUT [--merge_adapters] [--sizes 2,2] ...`."""
+"""A run's rack in another shape or format: `python -m stackwise_jax.convert RUN OUT [--sizes 2,2] [--format nf4]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from stackwise_jax.config.schema import StackInit
+from stackwise_jax.config.schema import Format, StackInit
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting.command import add_common, run_command
 
@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stackwise_jax.convert",
         description="Write the rack of a run as a new run directory: adapters merged, stacks removed, inserted, merged "
-        "or split. One stack at a time is in memory. RUN stays as it is.",
+        "or split, stored in another format. One stack at a time is in memory. RUN stays as it is.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     numbers = lambda text: tuple(int(number) for number in text.split(","))
@@ -34,15 +34,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--init", choices=inits, help="how inserted stacks begin; not given: zero, the identity")
     parser.add_argument("--seed", type=int, help="of inserted stacks; not given: 0")
     parser.add_argument("--sizes", type=numbers, metavar="N,N", default=(), help="blocks per stack in the end")
+    parser.add_argument("--format", choices=get_args(Format), help="of the stacks; not given: as they are stored")
     add_common(parser)
     return parser
 
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Run the command; returns the answer for --json."""
-    changed = args.merge_adapters or args.adapters or args.remove or args.insert or args.sizes
+    changed = args.merge_adapters or args.adapters or args.remove or args.insert or args.sizes or args.format
     if not changed and args.depth is None:
-        raise UsageError("nothing to do; add --merge_adapters, --adapters, --depth, --remove, --insert or --sizes")
+        raise UsageError(
+            "nothing to do; add --merge_adapters, --adapters, --depth, --remove, --insert, --sizes or --format"
+        )
     if not args.insert and (args.init is not None or args.seed is not None):
         raise UsageError("--init and --seed are for new stacks; add --insert, or leave them out")
     from stackwise_jax.engine.convert import Changes, convert_run
@@ -54,11 +57,13 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         init=args.init or "zero",
         sizes=args.sizes,
         merge=args.merge_adapters,
+        fmt=args.format,
     )
     adapters = Source(args.adapters) if args.adapters else None
     answer = convert_run(Source(args.run, depth=args.depth), Path(args.out), changes, adapters, args.seed or 0)
     blocks = " + ".join(map(str, answer["stacks"]))
-    print(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks, {len(answer['adapters'])} adapters")
+    kinds, adapters = ", ".join(answer["formats"]), len(answer["adapters"])
+    print(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks in {kinds}, {adapters} adapters")
     return answer
 
 

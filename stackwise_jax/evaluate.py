@@ -45,7 +45,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from stackwise_jax.engine import load_experts, load_rack
     from stackwise_jax.evaluation import evaluate_experts, evaluate_run, held_out_text, task_of
 
-    experts = load_experts(args.run) if args.depth is None else [load_rack(args.run, depth=args.depth)]
+    # Batches pass one stack after the other, and only that one has to be on the device.
+    experts = load_experts(args.run, "host") if args.depth is None else [load_rack(args.run, args.depth, "host")]
     loaded, measure = experts[-1], {"limit": args.batches, "draws": args.draws}
     dataset = held_out_text(loaded, args.path)
     if len(experts) == 1:

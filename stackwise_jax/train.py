@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackwise_jax.config import (
     ConfigArgumentParser,
@@ -20,7 +20,11 @@ from stackwise_jax.config import (
     run_directory,
     validate,
 )
+from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting import ConsoleReporter, Reporters, TensorBoardReporter, add_common, print_plan, run_command
+
+if TYPE_CHECKING:
+    from stackwise_jax.engine import Setup
 
 
 def build_parser() -> ConfigArgumentParser:
@@ -83,6 +87,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         members.append(TensorBoardReporter(run_dir / "tensorboard", every=config.run.log_every))
     reporter = Reporters(members)
     reporter.note(f"run directory: {run_dir}")
+    check_fits(setup, reporter)
     try:
         with stop_on_signal() as stop:
             run = Run(setup, reporter, stop)
@@ -100,16 +105,37 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     return summary if first else None
 
 
+def check_fits(setup: Setup, reporter: Reporters) -> None:
+    """Look whether the run fits the machine, before anything is allocated.
+
+    Raises:
+        UsageError: it cannot, and memory.check is refuse.
+    """
+    from stackwise_jax.engine.plan_changes import too_large
+
+    if setup.config.memory.check == "off":
+        return
+    sentence = too_large(setup)
+    if sentence is None:
+        return
+    if setup.config.memory.check == "refuse":
+        raise UsageError(sentence)
+    reporter.note(sentence)
+
+
 def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any]:
     """Print what each phase does and needs; nothing is written."""
     from stackwise_jax.engine import prepare
-    from stackwise_jax.engine.dryrun import plan_rows
+    from stackwise_jax.engine.planner import plan_run
+    from stackwise_jax.memory.devices import machine_of
     from stackwise_jax.reporting import make_console
+    from stackwise_jax.reporting.plan_text import dry_run_rows
 
     # What the other processes would do is not waited for: a dry run looks at the devices of this one.
     alone = dataclasses.replace(config.mesh, num_processes=1, process_id=0, coordinator=None)
     setup = prepare(dataclasses.replace(config, mesh=alone), run_dir)
-    rows, rack, console = plan_rows(setup), setup.rack, make_console()
+    plan = plan_run(setup, machine_of(None, None, None, run_dir), compiled=True)
+    rows, rack, console = dry_run_rows(plan), setup.rack, make_console()
     learns = rack.parameter_count(trainable_only=True)
     console.print(
         f"{len(rack.stacks)} stacks of {list(setup.plan.stack_sizes)} blocks, {rack.parameter_count():,} parameters "

@@ -10,9 +10,12 @@ import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from stackwise_jax import train
@@ -22,22 +25,42 @@ from stackwise_jax.config.schema import StackWiseConfig
 from stackwise_jax.data import load_tokenizer, training_texts
 from stackwise_jax.engine import prepare, resident, setup
 from stackwise_jax.engine import run as run_module
+from stackwise_jax.engine.border import place_of
 from stackwise_jax.engine.directory import check_directory, create_directory
 from stackwise_jax.engine.dryrun import abstract_step
+from stackwise_jax.engine.executor import make_executor
 from stackwise_jax.engine.loop import Feed
+from stackwise_jax.engine.planner import plan_run
 from stackwise_jax.engine.prefix import Prefix, PrefixCache
 from stackwise_jax.engine.programs import StepPrograms
-from stackwise_jax.engine.resident import step_spec
+from stackwise_jax.engine.resident import Resident, constants_of, step_spec
 from stackwise_jax.engine.step import train_step
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, path_items, stack_item
 from stackwise_jax.engine.window import Window
 from stackwise_jax.errors import RunError
+from stackwise_jax.memory import Scratch
 from stackwise_jax.memory import cache as cache_module
+from stackwise_jax.memory.devices import machine_of
 
 
 def built(config: StackWiseConfig) -> setup.Setup:
     """What a run of this configuration is made of."""
     return prepare(config, Path("no run directory"))
+
+
+def fitting(config: StackWiseConfig) -> Any:
+    """Where which phases do not fit the machine that is named, and the limits that are not this machine's."""
+    memory = config.memory
+    machine = machine_of(memory.device, memory.host, memory.disk, Path("no run directory"))
+    short = [(s.place, s.limit) for phase in plan_run(built(config), machine).phases for s in phase.shortfalls]
+    return short, machine.device.name
+
+
+def refused(config: StackWiseConfig) -> Any:
+    """What train says about a run that does not fit, before it does anything."""
+    said: list[str] = []
+    train.check_fits(built(config), SimpleNamespace(note=said.append))  # type: ignore[arg-type]
+    return said
 
 
 def directory(config: StackWiseConfig) -> Any:
@@ -142,6 +165,24 @@ def cache_contents(config: StackWiseConfig) -> Any:
     return held, sorted(path.name for path in Path.cwd().iterdir() if path.is_dir()), depths
 
 
+def resting(config: StackWiseConfig) -> Any:
+    """Where weights, optimizer state and inputs of stacks rest in the last phase."""
+    parts = built(config)
+    phase, placement = parts.plan.phases[-1], parts.placement
+    weights = Weights(parts.rack, placement, None, jax.random.key(0))
+    weights.scratch = Scratch(Path("scratch"))
+    for item in path_items(phase):
+        weights.ensure(item, weights.master, place_of(config.memory, phase, item, cached=False, tied=False))
+    constants = constants_of(placement, 0, 0, parts.tokenizer.token_bytes)
+    executor = make_executor(config.memory, phase, parts.task(phase), weights, StepPrograms(placement), constants, None)
+    if isinstance(executor, Resident):
+        return "resident"
+    held, inputs = executor.held, executor._lay_by([jnp.zeros((2, 8, 8))])
+    trees = [*held.learning.values()], [*held.opt.values()], [*weights.trees.values()], inputs
+    place = lambda x: "disk" if isinstance(x, np.ndarray) else x.sharding.memory_kind
+    return [sorted({place(leaf) for leaf in jax.tree.leaves(tree)}) for tree in trees]
+
+
 def devices(config: StackWiseConfig) -> Any:
     """The mesh, and what a group of processes is joined with."""
     joined: list = []
@@ -187,4 +228,8 @@ def behaviour(config: StackWiseConfig) -> Any:
         except RunError as error:
             said = str(error)
     metrics = Path("here/metrics.jsonl").read_text(encoding="utf-8")
-    return said, Store(Path("here/checkpoints"), keep=9).records(), metrics, batches, Path("here/tensorboard").exists()
+    store = Store(Path("here/checkpoints"), keep=9)
+    progress = store.latest()
+    kept = progress and {item: store.item_meta(item, v).get("format") for item, v in progress.versions.items()}
+    named = progress and [sorted(result.get("versions", ())) for result in progress.results]
+    return said, store.records(), metrics, batches, Path("here/tensorboard").exists(), kept, named

@@ -22,11 +22,14 @@ from key_observers import (
     cache_contents,
     devices,
     directory,
+    fitting,
     initial_values,
     names,
     paths,
     phases,
     rates,
+    refused,
+    resting,
     resumed,
     sources,
     steps,
@@ -80,6 +83,7 @@ DISK = {"cache.kind": "disk"}
 GROUP = {"mesh.num_processes": 2, "mesh.coordinator": "localhost:1234"}
 PHASES = [{"path": [0], "train": [0], "train_embed": True}, {"path": [0, 1], "train": [1]}]
 CUSTOM = {"curriculum.plan": "custom", "curriculum.phases": PHASES}
+FROZEN_LAST = {"curriculum.plan": "custom", "curriculum.phases": [{"train": [0]}]}
 FROM = {"run.init_from": "origin"}
 PREPEND, GROW = {"curriculum.plan": "prepend"}, {"curriculum.plan": "grow"}
 DEPTH = PREPEND | {"objective.kind": "diffusion", "objective.time": "depth"}
@@ -100,6 +104,7 @@ CASES = {
     "run.resume": Case("never", resumed),
     "run.save_every": Case(0, behaviour, RUN),
     "run.keep": Case(1, behaviour, RUN),
+    "run.keep_depths": Case(1, behaviour, RUN | {"curriculum.plan": "append", "model.architecture.n_stacks": 3}),
     "run.eval_every": Case(1, behaviour, RUN),
     "run.eval_batches": Case(1, behaviour, RUN),
     "run.log_every": Case(1, behaviour, RUN),
@@ -140,6 +145,7 @@ CASES = {
     "model.init_std": Case(0.05, initial_values),
     "model.param_dtype": Case("bf16", steps, END_TO_END),
     "model.compute_dtype": Case("bf16", steps, END_TO_END),
+    "model.quantized_matmul": Case("native", steps, FROZEN_LAST | {"curriculum.frozen": "int8"}),
     "model.remat": Case(True, steps, END_TO_END),
     "model.architecture.n_stacks": Case(3, paths),
     "model.architecture.blocks_per_stack": Case(2, paths),
@@ -157,7 +163,7 @@ CASES = {
     "curriculum.plan": Case("append", paths),
     "curriculum.steps": Case(21, rates),
     "curriculum.block_size": Case(1, paths, {"curriculum.plan": "blockwise"}),
-    "curriculum.frozen": Case("bf16", steps, {"curriculum.plan": "custom", "curriculum.phases": [{"train": [0]}]}),
+    "curriculum.frozen": Case("bf16", steps, FROZEN_LAST),
     "curriculum.phases": Case(PHASES[:1], paths, CUSTOM),
     "curriculum.steps_growth": Case(2.0, rates),
     "curriculum.stages": Case([{"steps": 3}], rates),
@@ -200,12 +206,23 @@ CASES = {
     "optimizer.b2": Case(0.9, steps, END_TO_END),
     "optimizer.eps": Case(1e-6, steps, END_TO_END),
     "optimizer.grad_clip": Case(2.0, steps, END_TO_END),
+    "optimizer.clip": Case("stack", steps, END_TO_END),
+    "optimizer.state_dtype": Case("bf16", steps, END_TO_END),
+    "optimizer.rounding": Case("stochastic", steps, END_TO_END | {"model.param_dtype": "bf16"}),
     "optimizer.microbatches": Case(2, steps, END_TO_END),
     "cache.kind": Case("recompute", cache_choice),
     "cache.host_budget": Case("600", cache_contents),  # one of three chunks of 512 bytes
     "cache.disk_budget": Case("600", cache_contents, DISK),
     "cache.dir": Case("elsewhere", cache_contents, DISK),
     "cache.read_ahead": Case(3, cache_contents),
+    "memory.offload": Case("all", resting),
+    "memory.offload_to": Case("disk", resting, {"memory.offload": "all"}),
+    "memory.stack_inputs": Case("host", resting, {"memory.offload": "trunk+optimizer"}),
+    "memory.finished": Case("frozen", behaviour, RUN | {"curriculum.frozen": "bf16"}),
+    "memory.device": Case("1MB", fitting),
+    "memory.host": Case("1MB", fitting),
+    "memory.disk": Case("1KB", fitting),
+    "memory.check": Case("refuse", refused, {"memory.check": "off", "memory.host": "1MB"}),
     "mesh.data": Case(2, devices),
     "mesh.fsdp": Case(2, devices),
     "mesh.coordinator": Case("localhost:4321", devices, GROUP),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from stackwise_jax.curriculum.phase import AdapterSpec, StackAdapter
 from stackwise_jax.errors import UsageError
+from stackwise_jax.memory.quantized import QuantizedTensor, dequantize, quantize
 from stackwise_jax.model import Block, Params, Stack, dtype_of
 from stackwise_jax.model.linear import MATRICES
 from stackwise_jax.model.partition import split_names
@@ -106,7 +107,8 @@ def one_adapter(tree: Params, adapter: str) -> Params:
 def merge_adapters(stack_params: Params, adapter_tree: Params) -> Params:
     """The weights of a stack with its adapters in them: kernel + scale * a @ b in float32, cast back.
 
-    Every kernel that has an adapter changes, a fixed up-projection too; branches without are passed on as they are.
+    Every kernel that has an adapter changes, a fixed up-projection too; branches without are passed on as they are. A
+    quantized kernel is quantized again, and so loses what of the adapter is finer than its format.
     With model.spectral_norm the merged kernel is bounded as a whole, before that it was without the adapter.
 
     Raises:
@@ -122,7 +124,7 @@ def merge_adapters(stack_params: Params, adapter_tree: Params) -> Params:
     return merged
 
 
-def _merge_kernel(kernel_IO: Any, adapter: Params) -> jax.Array:
+def _merge_kernel(kernel_IO: Any, adapter: Params) -> jax.Array | QuantizedTensor:
     a_IR, b_RO, scale = (jnp.asarray(adapter[name], jnp.float32) for name in ("a", "b", "scale"))
     update_IO = jnp.matmul(a_IR, b_RO, precision="highest") * scale[..., None, None]
     found = getattr(kernel_IO, "shape", None)
@@ -131,4 +133,6 @@ def _merge_kernel(kernel_IO: Any, adapter: Params) -> jax.Array:
             f"an adapter of a matrix of shape {update_IO.shape} meets one of shape {found}; merge it into a stack like "
             "the one that it was made for"
         )
+    if isinstance(kernel_IO, QuantizedTensor):
+        return quantize(dequantize(kernel_IO, jnp.float32) + update_IO, kernel_IO.fmt)
     return (jnp.asarray(kernel_IO, jnp.float32) + update_IO).astype(kernel_IO.dtype)

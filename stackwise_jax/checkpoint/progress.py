@@ -21,7 +21,7 @@ class Progress:
     step: int  # the next step to run within the phase
     global_step: int  # steps run so far over all phases
     versions: dict[str, int]  # item name -> version
-    formats: dict[str, str] = field(default_factory=dict)  # item name -> fp32 | bf16 | fp16: as it was last used
+    formats: dict[str, str] = field(default_factory=dict)  # item name -> format, as it was last used
     data: dict = field(default_factory=dict)  # state of the data iterator
     metrics_bytes: int = 0  # length of metrics.jsonl at this moment
     results: list[dict] = field(default_factory=list)  # of the phases that have ended; "versions": as they were then

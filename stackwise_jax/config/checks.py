@@ -16,6 +16,7 @@ from stackwise_jax.config.schema import (
     CacheConfig,
     CurriculumConfig,
     DataConfig,
+    MemoryConfig,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -33,6 +34,7 @@ _UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)}
 _UNITS |= {f"{letter}IB": 1024**i for i, letter in enumerate("KMGT", 1)}
 # of a budget; B is a billion, as people write tokens
 _AMOUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15}
+DEVICE_NAMES = ("h200", "a100-80", "rtx4090", "t4", "cpu")  # what memory.devices knows
 # SentencePiece: 256 pieces for single bytes, five special ones and at least one of text
 _SMALLEST_SENTENCEPIECE = 256 + 5 + 1
 
@@ -52,6 +54,7 @@ def validate(config: StackWiseConfig) -> None:
     _check_curriculum(config.curriculum, config)
     _check_optimizer(config.optimizer, "optimizer", config)
     _check_cache(config.cache)
+    _check_memory(config.memory)
     _check_mesh(config.mesh)
     _check_batch(config)
 
@@ -113,7 +116,7 @@ def _check_finite(value: Any, key: str) -> None:
 
 def _check_run(run: RunConfig) -> None:
     _at_least(run, "run", 0, "seed", "save_every", "eval_every", "eval_batches", "sample_tokens")
-    _at_least(run, "run", 1, "keep", "log_every", "max_bad_steps")
+    _at_least(run, "run", 1, "keep", "keep_depths", "log_every", "max_bad_steps")
     _need(run.seed < 2**32, "run.seed", run.seed, "a number below 2**32")
     _need(run.dir != "", "run.dir", run.dir, "the path of a directory, or null")
     if run.name is not None:
@@ -294,6 +297,12 @@ def _check_optimizer(optimizer: OptimizerConfig, prefix: str, config: StackWiseC
     if optimizer.schedule == "wsd":
         remedy = f"at most 1 minus {prefix}.warmup ({optimizer.warmup}), since both are shares of one phase"
         _need(optimizer.warmup + optimizer.decay <= 1, f"{prefix}.decay", optimizer.decay, remedy)
+    name, dtype = optimizer.name, optimizer.state_dtype
+    kept = dtype is None or name not in ("adafactor", "adamw8bit")
+    _need(kept, f"{prefix}.state_dtype", dtype, f"null, since {name} has no momentum whose dtype could be chosen")
+    needless = optimizer.rounding == "stochastic" and config.model.param_dtype != "bf16"
+    remedy = "nearest, or model.param_dtype bf16 (fp32 weights take small updates as they are)"
+    _need(not needless, f"{prefix}.rounding", optimizer.rounding, remedy)
     size, parts = config.data.batch_size, optimizer.microbatches
     _need(size % parts == 0, "data.batch_size", size, f"a multiple of {prefix}.microbatches ({parts})")
 
@@ -302,6 +311,18 @@ def _check_cache(cache: CacheConfig) -> None:
     parse_bytes(cache.host_budget, "cache.host_budget")
     parse_bytes(cache.disk_budget, "cache.disk_budget")
     _at_least(cache, "cache", 1, "read_ahead")
+
+
+def _check_memory(memory: MemoryConfig) -> None:
+    for name in ("device", "host", "disk"):
+        text = getattr(memory, name)
+        if text is None or (name == "device" and text in DEVICE_NAMES):
+            continue
+        try:
+            parse_bytes(text, f"memory.{name}")
+        except UsageError:
+            names = f"one of {', '.join(DEVICE_NAMES)}, or " if name == "device" else ""
+            _need(False, f"memory.{name}", text, f"{names}a size such as 40GB or 128GiB")
 
 
 def _check_mesh(mesh: MeshConfig) -> None:

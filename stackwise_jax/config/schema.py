@@ -55,6 +55,7 @@ class RunConfig:
     resume: Literal["auto", "never"] = "auto"  # auto: the same command again continues; never: refuse an existing run
     save_every: int = 200  # steps between checkpoints inside a phase; 0: only when a phase ends
     keep: int = 2  # progress records kept; the stacks that they need are never removed
+    keep_depths: int | None = None  # depths that stay loadable as they ended, newest first; None: all, each with a head
     eval_every: int = 0  # steps between held-out evaluations inside a phase; 0: only when a phase ends
     eval_batches: int = 32  # held-out batches per evaluation; 0: all of them
     log_every: int = 10  # steps between lines of metrics.jsonl

@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from stackwise_jax.adapters import merge_adapters
+from stackwise_jax.config.schema import MemoryConfig
 from stackwise_jax.curriculum import Phase
+from stackwise_jax.engine.executor import Executor
+from stackwise_jax.engine.holdings import homes
 from stackwise_jax.engine.recorder import Recorder
-from stackwise_jax.engine.resident import Resident
 from stackwise_jax.engine.source import Source
 from stackwise_jax.engine.weights import (
     EMBED,
+    HEAD,
     Weights,
     adapter_item,
     item_format,
@@ -28,6 +31,7 @@ from stackwise_jax.engine.weights import (
     path_items,
     stack_item,
 )
+from stackwise_jax.memory import Place
 
 Tree = Any
 REFERENCE = "reference"
@@ -42,15 +46,15 @@ def open_phase(
     *,
     begins: bool,
     cached: bool,
+    memory: MemoryConfig,
     adapters: Source | None,
     again: int,
 ) -> None:
-    """Bring every item of the path into its format for this phase; grow those that do not exist.
-
-    A prefix whose output is cached waits in host memory: it is needed to fill the cache and to evaluate only.
+    """Bring every item of the path into its format and place for this phase; grow those that do not exist.
 
     Args:
         begins: the phase is at its first step.
+        cached: the output of the prefix is.
         adapters: where adapters that do not exist are taken from, where it has them.
         again: a number of the phase's own, for adapters that are made anew.
     """
@@ -69,9 +73,24 @@ def open_phase(
     for item in map(adapter_item, missing):
         if item not in weights.versions:
             _grow(weights, recorder, phase, item)
-    waiting = {item for i in phase.prefix for item in weights.stack_items(i)} if cached else set()
     for item in path_items(phase):
-        weights.ensure(item, item_format(phase, item, weights.master), on_host=item in waiting)
+        place = place_of(memory, phase, item, cached=cached, tied=weights.rack.tie_embeddings)
+        weights.ensure(item, item_format(phase, item, weights.master), place)
+
+
+def place_of(cfg: MemoryConfig, phase: Phase, item: str, *, cached: bool, tied: bool) -> Place:
+    """Where an item of the path rests during a phase.
+
+    What makes up a cached prefix waits off the device whatever the setting: it is needed to fill the cache and to
+    evaluate only. tied: the head's matrix is the embedding.
+    """
+    if item in learning_items(phase):
+        return homes(cfg)[0]
+    if item in (EMBED, HEAD):
+        return "host" if item == EMBED and cached and not tied else "device"
+    if cfg.offload != "none":
+        return cfg.offload_to
+    return "host" if cached and int(item.split("/")[1]) in phase.prefix else "device"
 
 
 def _grow_stack(weights: Weights, recorder: Recorder, phase: Phase, index: int, existing: Sequence[int]) -> None:
@@ -123,7 +142,7 @@ def reference_embedding(weights: Weights, recorder: Recorder, phase: Phase, *, b
     return jax.tree.unflatten(structure, [named[str(i)] for i in range(len(leaves))])
 
 
-def hand_over(executor: Resident, recorder: Recorder, phase: Phase) -> None:
+def hand_over(executor: Executor, recorder: Recorder, phase: Phase) -> None:
     """Let what learned in an earlier phase go on with the optimizer state that it had when that phase ended."""
     kept = [item for item in learning_items(phase) if item in recorder.moments and _keeps(phase, item)]
     about = {"optimizer": phase.optimizer.name}
@@ -131,7 +150,7 @@ def hand_over(executor: Resident, recorder: Recorder, phase: Phase) -> None:
         executor.carry({item: recorder.load_moments(item, executor.carried(item), about) for item in kept})
 
 
-def keep_moments(executor: Resident, recorder: Recorder, phases: Sequence[Phase], index: int, meta: dict) -> None:
+def keep_moments(executor: Executor, recorder: Recorder, phases: Sequence[Phase], index: int, meta: dict) -> None:
     """Save the optimizer state of what a later phase goes on with; forget what no later phase wants."""
     about = meta | {"optimizer": phases[index].optimizer.name}
     for item in learning_items(phases[index]):

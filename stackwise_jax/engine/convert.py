@@ -1,4 +1,4 @@
-"""A run's rack in another shape, as a new run directory: regrouped, cut, grown, its adapters merged.
+"""A run's rack in another shape or format, as a new run directory: regrouped, cut, grown, its adapters merged.
 
 One stack at a time passes through memory: at most the stack that is read and the stack that is written.
 """
@@ -6,6 +6,8 @@ One stack at a time passes through memory: at most the stack that is read and th
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +19,14 @@ import jax
 from stackwise_jax.adapters import detach_adapters, merge_adapters, one_adapter
 from stackwise_jax.checkpoint import Progress, Store, writing
 from stackwise_jax.config import StackWiseConfig, resolved_yaml
-from stackwise_jax.config.schema import CurriculumConfig, StackInit
+from stackwise_jax.config.schema import CurriculumConfig, Format, StackInit
 from stackwise_jax.curriculum import Plan, StackAdapter, make_plan, phase_table
 from stackwise_jax.engine import directory
 from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.engine.source import Source, check_fits
-from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, count_values, in_format, stack_item
 from stackwise_jax.errors import UsageError
+from stackwise_jax.memory.quantized import dense_format
 from stackwise_jax.model import (
     Rack,
     Stack,
@@ -45,7 +48,8 @@ class Changes:
 
     remove: stacks that are left out. insert: places, counted in what is left, before which a new stack is put (the
     number of stacks: behind the last); it has the shape of the stack before it, or of the first. init: how new stacks
-    begin. sizes: blocks per stack in the end; empty: as they are. merge: adapters go into the weights.
+    begin. sizes: blocks per stack in the end; empty: as they are. merge: adapters go into the weights. fmt: how stacks
+    are stored, embedding and head in its dense_format; None: as they were, new ones in full precision.
     """
 
     remove: tuple[int, ...] = ()
@@ -53,14 +57,19 @@ class Changes:
     init: StackInit = "zero"
     sizes: tuple[int, ...] = ()
     merge: bool = False
+    fmt: Format | None = None
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A stack of the new rack before regrouping: one of the source's, or a new one in its likeness."""
+    """A stack of the new rack before regrouping: one of the source's, or a new one in its likeness, in a format."""
 
     source: int
+    fmt: str
     new: bool = False
+
+
+About = tuple[Slot, list[StackAdapter]]
 
 
 def convert_run(
@@ -74,18 +83,13 @@ def convert_run(
         seed: of new stacks.
 
     Returns:
-        {"run", "stacks": blocks per stack, "adapters": items}.
+        {"run", "stacks": blocks per stack, "formats": of the stacks, "adapters": items}.
 
     Raises:
         UsageError: `out` exists, a stack does not exist, or the changes do not fit together.
         RunError: a checkpoint is damaged, or the disk is full.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists; name a directory that does not")
-    if len(source.experts) > 1:
-        raise UsageError(
-            f"{source.run_dir} holds {len(source.experts)} denoisers that were trained apart; convert takes one model"
-        )
+    _check_ends(source, out)
     slots = _slots(source, changes)
     stacks = [source.rack.stacks[slot.source] for slot in slots]
     stacks = tuple(stack.clone(stack_id=i, parent=None) for i, stack in enumerate(stacks))
@@ -97,43 +101,62 @@ def convert_run(
         _check_adapters(source, adapters)
     config = _configuration(source, rack, out)
     plan = make_plan(config, rack_shape(rack, config.data))
-    if not changes.merge:
-        _check_joins(rack, [(stack, _on_slot(owner, slot, changes)) for stack, slot in zip(stacks, slots, strict=True)])
+    on_slots = [[] if changes.merge else _on_slot(owner, slot, changes) for slot in slots]
+    _check_joins(rack, stacks, slots, on_slots)
     store = Store(out / directory.CHECKPOINTS, keep=source.config.run.keep)
-    meta = {"phase": f"converted from {source.run_dir}", "format": source.rack.param_dtype, "loss_history": []}
-    versions = {}
+    meta = {"phase": f"converted from {source.run_dir}", "loss_history": []}
+    formats: dict[str, str] = {}
 
-    def save(item: str, tree: Tree, **more: Any) -> None:
-        store.save_item(item, 1, tree, meta | {"kind": item.split("/")[0]} | more)
-        versions[item] = 1
+    def save(item: str, tree: Tree, fmt: str, **more: Any) -> None:
+        about = {"kind": item.split("/")[0], "format": fmt, "values": count_values(tree)}
+        store.save_item(item, 1, tree, meta | about | more)
+        formats[item] = fmt
 
     for item in (EMBED, HEAD):
-        save(item, source.load(item))
+        fmt = dense_format(changes.fmt) if changes.fmt else source.saved_format(item)
+        tree = source.load(item)
+        save(item, tree if fmt == source.saved_format(item) else in_format(tree, source.rack.param_dtype, fmt), fmt)
     read = (_read(source, owner, slot, changes, seed, place) for place, slot in enumerate(slots))
     found: list[str] = []
-    for index, (tree, on_stack) in enumerate(_regrouped(rack, stacks, read)):
-        base, adapter_tree = detach_adapters(tree)
-        save(stack_item(index), base)
+    numbers = itertools.count()  # not enumerate, which keeps the tree that it gave last
+    for tree, (slot, on_stack) in _regrouped(rack, stacks, read, iter(zip(slots, on_slots, strict=True))):
+        index, (base, adapter_tree) = next(numbers), detach_adapters(tree)
+        save(stack_item(index), base, slot.fmt)
         for adapter in on_stack:
             moved = dataclasses.replace(adapter, stack=index)
             spec = dataclasses.asdict(moved.spec)
-            save(adapter_item(moved), one_adapter(adapter_tree, moved.name), adapter=spec)
+            save(adapter_item(moved), one_adapter(adapter_tree, moved.name), source.rack.param_dtype, adapter=spec)
             found.append(adapter_item(moved))
-    _finish(source, out, rack, store, versions, config, plan)
-    return {"run": str(out), "stacks": [len(stack.blocks) for stack in rack.stacks], "adapters": found}
+        del tree, base, adapter_tree
+    _finish(source, out, rack, store, formats, config, plan)
+    stored = sorted({fmt for item, fmt in formats.items() if item.startswith("stacks/")})
+    blocks = [len(stack.blocks) for stack in rack.stacks]
+    return {"run": str(out), "stacks": blocks, "formats": stored, "adapters": found}
+
+
+def _check_ends(source: Source, out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out} exists; name a directory that does not")
+    if len(source.experts) > 1:
+        raise UsageError(
+            f"{source.run_dir} holds {len(source.experts)} denoisers that were trained apart; convert takes one model"
+        )
 
 
 def _slots(source: Source, changes: Changes) -> list[Slot]:
     path = list(source.path)
     if unknown := sorted(set(changes.remove) - set(path)):
         raise UsageError(f"--remove names the stacks {unknown}; {source.run_dir} has {path}")
-    slots = [Slot(i) for i in path if i not in changes.remove]
+    kept = lambda i: Slot(i, changes.fmt or source.saved_format(stack_item(i)))
+    slots = [kept(i) for i in path if i not in changes.remove]
     if not slots:
         raise UsageError("--remove leaves no stack; keep at least one")
     for place in sorted(changes.insert, reverse=True):
         if not 0 <= place <= len(slots):
             raise UsageError(f"--insert {place} is not in a rack of {len(slots)} stacks; write 0 to {len(slots)}")
-        slots.insert(place, Slot(slots[max(place - 1, 0)].source, new=True))
+        beside = slots[max(place - 1, 0)]
+        copied = beside.fmt if changes.init == "copy" else source.rack.param_dtype
+        slots.insert(place, Slot(beside.source, changes.fmt or copied, new=True))
     return slots
 
 
@@ -154,56 +177,82 @@ def _on_slot(owner: Source, slot: Slot, changes: Changes) -> list[StackAdapter]:
     return [] if slot.new and changes.init != "copy" else owner.adapters_of(slot.source)
 
 
-def _check_joins(rack: Rack, stacks: Sequence[tuple[Stack, list[StackAdapter]]]) -> None:
-    """Refuse to join blocks whose adapters differ."""
-    kinds = [{(a.name, a.spec) for a in on_stack} for stack, on_stack in stacks for _ in stack.blocks]
+def _check_joins(
+    rack: Rack, stacks: Sequence[Stack], slots: Sequence[Slot], on_slots: Sequence[list[StackAdapter]]
+) -> None:
+    """Refuse to join blocks whose adapters or formats differ."""
+    kinds = [
+        ({(a.name, a.spec) for a in on_slot}, slot.fmt)
+        for stack, slot, on_slot in zip(stacks, slots, on_slots, strict=True)
+        for _ in stack.blocks
+    ]
     for index, stack in enumerate(rack.stacks):
         taken, kinds = kinds[: len(stack.blocks)], kinds[len(stack.blocks) :]
-        if any(kind != taken[0] for kind in taken):
+        if any(adapters != taken[0][0] for adapters, _ in taken):
             raise UsageError(
                 f"stack {index} would join blocks whose adapters differ; add --merge_adapters, or other --sizes"
             )
+        if len(formats := {fmt for _, fmt in taken}) > 1:
+            raise UsageError(
+                f"stack {index} would join blocks stored in {' and '.join(sorted(formats))}; add --format with one of "
+                "them, or other --sizes"
+            )
 
 
-def _read(
-    source: Source, owner: Source, slot: Slot, changes: Changes, seed: int, place: int
-) -> tuple[Tree, list[StackAdapter]]:
-    """The tree of a stack before regrouping, with the adapters that stay apart, in host memory."""
+def _read(source: Source, owner: Source, slot: Slot, changes: Changes, seed: int, place: int) -> Tree:
+    """The tree of a stack before regrouping, with the adapters that stay apart, in its format, in host memory."""
+    master = source.rack.param_dtype
     if slot.new and changes.init != "copy":
         # A stream of its own for each place: the blocks of the source were made from the seed alone.
         stack, key = source.rack.stacks[slot.source], jax.random.key(seed)
         tree = init_stack_blocks(stack, 0, jax.random.fold_in(jax.random.fold_in(key, INSERTED), place))
-        return jax.device_get(zero_outputs(stack, tree) if changes.init == "zero" else tree), []
-    tree, on_stack = source.load(stack_item(slot.source)), _on_slot(owner, slot, changes)
-    for adapter in on_stack:
-        loaded = owner.load(adapter_item(adapter))
-        tree = jax.device_get(merge_adapters(tree, loaded)) if changes.merge else combine(tree, loaded)
-    return tree, [] if changes.merge else on_stack
+        tree = zero_outputs(stack, tree) if changes.init == "zero" else tree
+        return jax.device_get(tree if slot.fmt == master else in_format(tree, master, slot.fmt))
+    item = stack_item(slot.source)
+    saved, on_stack = source.saved_format(item), _on_slot(owner, slot, changes)
+    tree = source.load(item)
+    if changes.merge and on_stack:
+        # What is stored in fewer bits is rounded once, after all adapters have been added.
+        tree = tree if saved == master else in_format(tree, master, master)
+        for adapter in on_stack:
+            tree = jax.device_get(merge_adapters(tree, owner.load(adapter_item(adapter))))
+        return tree if slot.fmt == master else jax.device_get(in_format(tree, master, slot.fmt))
+    if saved != slot.fmt:
+        tree = jax.device_get(in_format(tree, master, slot.fmt))
+    return functools.reduce(combine, [owner.load(adapter_item(a)) for a in on_stack], tree)
 
 
 def _regrouped(
-    rack: Rack, stacks: Sequence[Stack], read: Iterator[tuple[Tree, list[StackAdapter]]]
-) -> Iterator[tuple[Tree, list[StackAdapter]]]:
-    """The trees of the rack's stacks, made of the blocks of `stacks` in their order."""
-    waiting: list[tuple[Tree, list[StackAdapter]]] = []  # blocks that were read and not yet written
-    rest = zip(stacks, read, strict=True)
+    rack: Rack, stacks: Sequence[Stack], read: Iterator[Tree], about: Iterator[About]
+) -> Iterator[tuple[Tree, About]]:
+    """The trees of the rack's stacks, made of the blocks of `stacks` in their order; about: what each stack was."""
+    waiting: list[tuple[Tree, About]] = []  # blocks that were read and not yet written
+    old = iter(stacks)  # beside `read` and not zipped with it: zip keeps what it gave last
     for stack in rack.stacks:
         while len(waiting) < len(stack.blocks):
-            old, (tree, on_stack) = next(rest)
-            waiting += [(block, on_stack) for block in unstack_blocks(old, tree)]
-        taken, waiting = waiting[: len(stack.blocks)], waiting[len(stack.blocks) :]
-        made = stack_blocks(stack, [block for block, _ in taken]), taken[0][1]
-        del taken  # the next stack is read only when these blocks are gone
-        yield made
-        del made
+            before, what, tree = next(old), next(about), next(read)
+            if not waiting and before.blocks == stack.blocks:
+                yield tree, what
+                del tree
+                break
+            waiting += [(block, what) for block in unstack_blocks(before, tree)]
+            del tree
+        else:
+            yield _joined(stack, waiting)
+
+
+def _joined(stack: Stack, waiting: list[tuple[Tree, About]]) -> tuple[Tree, About]:
+    """The first of the blocks that wait as the tree of a stack; they wait no longer."""
+    size = len(stack.blocks)
+    taken, waiting[:] = waiting[:size], waiting[size:]
+    return stack_blocks(stack, [block for block, _ in taken]), taken[0][1]
 
 
 def _finish(
-    source: Source, out: Path, rack: Rack, store: Store, versions: dict[str, int], config: StackWiseConfig, plan: Plan
+    source: Source, out: Path, rack: Rack, store: Store, formats: dict[str, str], config: StackWiseConfig, plan: Plan
 ) -> None:
     """Lay down the rest of the run directory; config.yaml comes last and makes it a run."""
-    path = list(range(len(rack.stacks)))
-    formats = {item: rack.param_dtype for item in versions}
+    path, versions = list(range(len(rack.stacks))), dict.fromkeys(formats, 1)
     unmeasured = dict.fromkeys(("held_out_loss", "bits_per_byte", "accuracy"))
     nothing = dict.fromkeys(("trainable_params", "frozen_params", "tokens", "flops", "seconds", "skipped_steps"), 0)
     result = {"index": 0, "name": plan.phases[0].name, "depth": len(path), "path": path, **unmeasured, **nothing}

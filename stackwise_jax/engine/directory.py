@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RACK = "rack.json"
 CONFIG, PHASES, METRICS, SUMMARY = "config.yaml", "phases.json", "metrics.jsonl", "summary.json"
 TOKENIZER, CHECKPOINTS, TENSORBOARD, CACHE = "tokenizer", "checkpoints", "tensorboard", "cache"
+OFFLOAD = "offload"  # where scratch files of memory.offload_to disk are opened
 # Keys that say where and how a run is continued, not what it computes.
 FREE_KEYS = frozenset(
     {
@@ -26,6 +27,7 @@ FREE_KEYS = frozenset(
         "run.dir",
         "run.name",
         "run.keep",
+        "run.keep_depths",
         "run.save_every",
         "run.tensorboard",
         "cache.dir",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -19,6 +19,8 @@ from stackwise_jax.engine.weights import EMBED, HEAD, Weights
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory import Placement, make_mesh
 from stackwise_jax.model import Rack, combine
+
+StackPlace = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
@@ -52,33 +54,39 @@ class LoadedRun:
         return tuple(stack.stack_id for stack in self.rack.stacks)
 
 
-def load_rack(run_dir: str | Path, depth: int | None = None) -> LoadedRun:
-    """Load the rack of a run from its newest checkpoint, onto the devices.
+def load_rack(run_dir: str | Path, depth: int | None = None, place: StackPlace = "device") -> LoadedRun:
+    """Load the rack of a run from its newest checkpoint.
 
     Args:
         run_dir: the run directory.
         depth: how many stacks; None: all that were trained so far. A depth that some phase ended at is taken as it was
             then, with the head that was trained on it; otherwise it is the first stacks of the last state.
+        place: of the stacks; embedding and head come onto the devices.
 
     Raises:
         UsageError: there is no run, no checkpoint in it yet, or no such depth.
         RunError: a checkpoint is damaged.
     """
-    return _load(Source(run_dir, depth))
+    return _load(Source(run_dir, depth), place)
 
 
-def load_experts(run_dir: str | Path) -> list[LoadedRun]:
+def load_experts(run_dir: str | Path, place: StackPlace = "device") -> list[LoadedRun]:
     """The models that a run made: one, or denoisers that were trained apart, highest noise first.
+
+    Args:
+        place: as in `load_rack`.
 
     Raises:
         UsageError: as `load_rack`, or not all denoisers have been trained yet.
         RunError: as `load_rack`.
     """
     found = Source(run_dir).experts
-    return [load_rack(run_dir)] if len(found) == 1 else [_load(Source(run_dir, expert=index)) for index in found]
+    if len(found) == 1:
+        return [load_rack(run_dir, place=place)]
+    return [_load(Source(run_dir, expert=index), place) for index in found]
 
 
-def _load(source: Source) -> LoadedRun:
+def _load(source: Source, place: StackPlace) -> LoadedRun:
     tokenizer = source.tokenizer()
     placement = _placement(source.config)
     weights = Weights(source.rack, placement, source.store, jax.random.key(source.config.run.seed))
@@ -86,7 +94,8 @@ def _load(source: Source) -> LoadedRun:
     weights.adapters = source.adapters
 
     def load(item: str) -> Any:
-        weights.ensure(item, source.formats.get(item, weights.master))
+        fmt = source.formats.get(item) or source.saved_format(item)
+        weights.ensure(item, fmt, "device" if item in (EMBED, HEAD) else place)
         return weights.trees[item]
 
     params = {

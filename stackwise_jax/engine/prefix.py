@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from stackwise_jax.data import Loader
 from stackwise_jax.engine.programs import bare, embed_examples, run_stack
 from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.engine.weights import EMBED, Weights, stack_item
-from stackwise_jax.memory import ActivationCache, CacheChoice, Placement, cache_key, choose_cache
+from stackwise_jax.memory import ActivationCache, CacheChoice, Conveyor, Placement, cache_key, choose_cache
 from stackwise_jax.model import dtype_of
 from stackwise_jax.objectives import Examples
 
@@ -43,6 +44,7 @@ class Prefix:
         self._weights, self._phase, self._task = weights, phase, task
         self._placement, self._key = placement, corruption_key
         self._stacks = [bare(weights.rack.stacks[i]) for i in phase.prefix]
+        self._arrivals = ThreadPoolExecutor(1, thread_name_prefix="arriving")
 
     @property
     def layers(self) -> list[list[str]]:
@@ -60,10 +62,21 @@ class Prefix:
         return functools.partial(run_stack, self._task, self._stacks[position], params)
 
     def __call__(self, examples: Examples, visit: jax.Array) -> jax.Array:
-        """The output of the prefix, x_BTD in the compute dtype."""
+        """The output of the prefix, x_BTD in the compute dtype.
+
+        Stacks that rest off the device come one ahead of the one in use.
+        """
         x_BTD = self.embed(examples, visit)
-        for position in range(len(self._stacks)):
-            x_BTD = self.stack(position)(x_BTD, examples)
+        if all(self._weights.places[item] == "device" for layer in self.layers[1:] for item in layer):
+            for position in range(len(self._stacks)):
+                x_BTD = self.stack(position)(x_BTD, examples)
+            return x_BTD
+        belt = Conveyor(self._weights.full_on_device, self._phase.prefix, self._arrivals)
+        before = None
+        for stack in self._stacks:
+            y_BTD = run_stack(self._task, stack, belt.take(), x_BTD, examples)
+            belt.advance(before)
+            before = x_BTD = y_BTD
         return x_BTD
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,11 +80,16 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def _signature(tree: Tree) -> tuple:
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+    return structure, tuple((x.shape, x.dtype, _where(x.sharding)) for x in leaves)
+
+
+def _where(sharding: Any) -> Any:
+    """What of a sharding a program is compiled for: on one device all ways to split are the same."""
+    return sharding.memory_kind if sharding.num_devices == 1 else sharding
 
 
 class StepPrograms:
-    """Training steps compiled ahead of time, one per (spec, shapes)."""
+    """Functions compiled ahead of time, one program per (function, settings, shapes)."""
 
     def __init__(self, placement: Placement):
         self._placement = placement
@@ -93,15 +99,40 @@ class StepPrograms:
     def compilations(self) -> int:
         return len(self._compiled)
 
+    @property
+    def bytes(self) -> dict[str, dict[str, int]]:
+        """`compiled_bytes` by the name of the function; of several programs of one function the largest."""
+        found: dict[str, dict[str, int]] = {}
+        for (function, *_), compiled in self._compiled.items():
+            entry = compiled_bytes(compiled)
+            if entry["total"] >= found.get(function.__name__, entry)["total"]:
+                found[function.__name__] = entry
+        return found
+
     def get(self, spec: StepSpec, state: TrainState, *rest: Tree) -> jax.stages.Compiled:
         """The compiled step for arguments of these shapes and shardings (arrays or ShapeDtypeStructs with sharding).
 
         Call it as compiled(state, frozen, data, constants); `state` is donated.
         """
         spec = dataclasses.replace(spec, groups=tuple(bare(s) for s in spec.groups))
-        signature = (spec, _signature((state, rest)))
-        if signature not in self._compiled:
-            shardings = (jax.tree.map(lambda x: x.sharding, state), self._placement.replicated)
-            jitted = jax.jit(functools.partial(train_step, spec), donate_argnums=0, out_shardings=shardings)
-            self._compiled[signature] = jitted.lower(state, *rest).compile()
-        return self._compiled[signature]
+        shardings = (jax.tree.map(lambda x: x.sharding, state), self._placement.replicated)
+        return self.program(train_step, (spec,), state, *rest, donate=(0,), out_shardings=shardings)
+
+    def call(self, function: Callable, static: tuple, *args: Tree, donate: tuple[int, ...] = ()) -> Any:
+        """function(*static, *args), compiled for arguments of these shapes and shardings.
+
+        Args:
+            static: hashable settings.
+            donate: positions in `args` of what is given away.
+        """
+        return self.program(function, static, *args, donate=donate)(*args)
+
+    def program(
+        self, function: Callable, static: tuple, *args: Tree, donate: tuple[int, ...] = (), **how: Any
+    ) -> jax.stages.Compiled:
+        """What `call` calls; `args` may be ShapeDtypeStructs with shardings."""
+        key = (function, static, donate, _signature(args))
+        if key not in self._compiled:
+            jitted = jax.jit(functools.partial(function, *static), donate_argnums=donate, **how)
+            self._compiled[key] = jitted.lower(*args).compile()
+        return self._compiled[key]

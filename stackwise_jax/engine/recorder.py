@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from stackwise_jax.checkpoint import MetricsLog, Progress, Store
+from stackwise_jax.curriculum import Phase
 from stackwise_jax.engine import directory
-from stackwise_jax.engine.weights import Weights
+from stackwise_jax.engine.weights import Weights, count_values, final_format, path_items
 
 Tree = Any
 OPTIMIZER, MOMENTS = "optimizer", "moments/"
@@ -40,6 +42,7 @@ class Recorder:
         versions = {name: v for name, v in progress.versions.items() if name != OPTIMIZER}
         self.moments = {n.removeprefix(MOMENTS): v for n, v in versions.items() if n.startswith(MOMENTS)}
         self.weights.versions = {name: v for name, v in versions.items() if not name.startswith(MOMENTS)}
+        self.weights.formats = {item: fmt for item, fmt in progress.formats.items() if item in self.weights.versions}
         self.log.truncate(progress.metrics_bytes)
 
     def grow(self, item: str, phase_name: str, **how: Any) -> None:
@@ -50,17 +53,50 @@ class Recorder:
     def keep(self, item: str, tree: Tree, phase_name: str) -> None:
         """Take a tree as an item in full precision, and save it."""
         self.weights.set(item, tree, self.weights.master)
-        meta = {"phase": phase_name, "format": self.weights.master, "loss_history": []}
-        self.save_learned({item: tree}, meta)
+        self.save_learned({item: tree}, {"phase": phase_name, "loss_history": []})
 
     def save_learned(self, trees: dict[str, Tree], meta: dict) -> None:
-        """Save new versions of items; they count once `commit` has named them."""
+        """Save new versions of items in the formats that they have; they count once `commit` has named them."""
         for item, tree in trees.items():
-            about = meta | {"kind": item.split("/")[0]}
+            about = meta | {"kind": item.split("/")[0], "format": self.weights.formats[item]}
+            about["values"] = count_values(tree)
             if item in self.weights.adapters:
                 about["adapter"] = dataclasses.asdict(self.weights.adapters[item].spec)
             self.store.save_item(item, self.number + 1, tree, about)
             self.weights.versions[item] = self.number + 1
+
+    def settle(self, phases: Sequence[Phase], index: int, learned: dict[str, Tree], *, frozen: bool) -> dict[str, Tree]:
+        """Have the path of a phase that has ended in memory, as it will be kept.
+
+        Args:
+            learned: the trees of what learned, in full precision; emptied, so that they go where they are converted.
+            frozen: items of the path that no later phase needs in full precision are kept in their final format.
+
+        Returns:
+            The trees that have to be saved: of what learned, and of what is no longer kept in full precision.
+        """
+        weights, changed = self.weights, list(learned)
+        for item in changed:
+            weights.set(item, learned.pop(item), weights.master)
+        for item in path_items(phases[index]):
+            fmt = weights.formats[item]
+            if frozen and (item in changed or weights.saved_format(item) == weights.master):
+                final = final_format(phases, index, item, weights.master)
+                if final != weights.master:
+                    fmt = final
+                    changed += [] if item in changed else [item]
+            weights.ensure(item, fmt, weights.places.get(item, "device"))
+        return {item: weights.trees[item] for item in changed}
+
+    def forget_depths(self, keep: int | None, apart: Collection[int]) -> None:
+        """Of the phases that have ended let all but the newest `keep` go: their results stay, the versions of items
+        that only they need do not. None: keep all. apart: phases that are models of their own, which stay."""
+        if keep is None:
+            return
+        named = lambda result: "versions" in result and result["index"] not in apart
+        ended = [i for i, result in enumerate(self.results) if named(result)]
+        for i in ended[: max(len(ended) - keep, 0)]:
+            self.results[i] = {k: v for k, v in self.results[i].items() if k not in ("versions", "formats")}
 
     def save_moments(self, item: str, state: dict[str, jax.Array], meta: dict) -> None:
         """Save optimizer state that an item will go on with, or what else of it a phase comes back to."""
@@ -78,7 +114,7 @@ class Recorder:
         alike = files.keys() == like.keys() and all(shapes[files[n]].shape == x.shape for n, x in like.items())
         if not alike or any(meta[key] != value for key, value in about.items()):
             return {}
-        wanted = {files[n]: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in like.items()}
+        wanted = {files[name]: _shape_of(x) for name, x in like.items()}
         saved = self.store.load_item(name, version, wanted)
         return {leaf: saved[files[leaf]] for leaf in like}
 
@@ -127,7 +163,7 @@ class Recorder:
         leaves, structure = jax.tree.flatten(opt)
         if not leaves:
             return opt
-        like = {f"{i:04d}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for i, x in enumerate(leaves)}
+        like = {f"{i:04d}": _shape_of(x) for i, x in enumerate(leaves)}
         saved = self.store.load_item(OPTIMIZER, progress.versions[OPTIMIZER], like)
         return jax.tree.unflatten(structure, [saved[name] for name in like])
 
@@ -135,3 +171,8 @@ class Recorder:
         """Close the metrics file and let another process write here."""
         self.log.close()
         self.store.close()
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """What an array at rest is read back as: to its own place, or to a numpy array where it rests on disk."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))

@@ -42,6 +42,7 @@ def step_spec(task: TaskSpec, phase: Phase, window: Window) -> StepSpec:
         or any(adapter.spec.dropout > 0 for adapter in phase.adapters),
         microbatches=phase.optimizer.microbatches,
         optimizer=optimizer,
+        stack_sizes=tuple(sizes for _, sizes in window.layout) if optimizer.clip == "stack" else None,
         adapter_rate=1.0 if phase.adapter_lr is None else phase.adapter_lr / phase.optimizer.lr,
         consistency=phase.consistency,
     )
@@ -69,20 +70,37 @@ def split_phase(
 
 def initial_state(spec: StepSpec, placement: Placement, learning: Tree) -> TrainState:
     """A fresh state: step 0, optimizer state for what learns."""
-    opt = _initial_optimizer(spec.optimizer, placement, learning)
-    opt = placement.put(opt, placement.params(opt))
+    opt = initial_optimizer(spec.optimizer, placement, learning)
     zero, bad = placement.put((np.int32(0), np.int32(0)), placement.replicated)
     return TrainState(zero, bad, learning, opt)
 
 
+def initial_optimizer(cfg: OptimizerConfig, placement: Placement, learning: Tree) -> Tree:
+    """A fresh optimizer state; one compilation for all phases that learn trees of equal shape."""
+    opt = _initial_optimizer(cfg, placement, learning)
+    return placement.put(opt, placement.params(opt))
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "placement"))
 def _initial_optimizer(cfg: OptimizerConfig, placement: Placement, learning: Tree) -> Tree:
-    """One compilation for all phases that learn trees of equal shape."""
     opt = make_optimizer(cfg).init(learning)
     return jax.lax.with_sharding_constraint(opt, placement.params(opt))
 
 
-_join = jax.jit(join_state, static_argnames="layout", donate_argnames="opt")
+join_states = jax.jit(join_state, static_argnames="layout", donate_argnames="opt")
+
+
+def learned_items(window: Window, phase: Phase, learning: Tree, frozen: tuple[Tree, ...]) -> dict[str, Tree]:
+    """The full trees of the items that learn, by item name; frozen: per group what does not learn in it."""
+    trees: dict[str, Tree] = {}
+    for i, tree in window.unsplit(learning["stacks"], frozen).items():
+        base, adapters = detach_adapters(tree)
+        if i in phase.train:
+            trees[stack_item(i)] = base
+        else:
+            on_stack = [adapter for adapter in phase.adapters if adapter.stack == i]
+            trees |= {adapter_item(adapter): one_adapter(adapters, adapter.name) for adapter in on_stack}
+    return trees | {item: learning[item] for item in (EMBED, HEAD) if item in learning}
 
 
 class Resident:
@@ -108,8 +126,10 @@ class Resident:
         self.window = Window(rack, phase)
         self.spec = step_spec(task, phase, self.window)
         stacks = {i: weights.full_on_device(i) for i in phase.window}
-        embed, head = weights.on_device(EMBED), weights.on_device(HEAD)
-        learning, self.frozen = split_phase(self.spec, self.window, embed, head, stacks, reference)
+        ends = weights.trees[EMBED], weights.on_device(HEAD)
+        learning, self.frozen = split_phase(self.spec, self.window, *ends, stacks, reference)
+        if EMBED in self.frozen:
+            self.frozen[EMBED] = weights.on_device(EMBED)
         self.state = initial_state(self.spec, weights.placement, learning)
         merged = [item for ids in self.window.ids if len(ids) > 1 for i in ids for item in weights.stack_items(i)]
         for item in {*learning_items(phase), *merged}:
@@ -138,7 +158,7 @@ class Resident:
 
     def carry(self, items: dict[str, State]) -> None:
         """Begin with the optimizer state that these items have from an earlier phase."""
-        opt = _join(self.state.opt, self.window.layout, items)
+        opt = join_states(self.state.opt, self.window.layout, items)
         placement = self._weights.placement
         self.state = self.state._replace(opt=placement.put(opt, placement.params(opt)))
 
@@ -154,16 +174,7 @@ class Resident:
 
     def learned(self) -> dict[str, Tree]:
         """The full trees of the items that learn, by item name."""
-        trees: dict[str, Tree] = {}
-        for i, tree in self.window.unsplit(self.state.learning["stacks"], self.frozen["stacks"]).items():
-            base, adapters = detach_adapters(tree)
-            if i in self._phase.train:
-                trees[stack_item(i)] = base
-            else:
-                on_stack = [adapter for adapter in self._phase.adapters if adapter.stack == i]
-                trees |= {adapter_item(adapter): one_adapter(adapters, adapter.name) for adapter in on_stack}
-        ends = {EMBED: self.spec.train_embed, HEAD: self.spec.train_head}
-        return trees | {item: self.state.learning[item] for item, learns in ends.items() if learns}
+        return learned_items(self.window, self._phase, self.state.learning, self.frozen["stacks"])
 
     def evaluated(self) -> tuple[list[tuple[Stack, Tree]], Tree, Tree]:
         """(stacks with their trees from input to head, embed, head) as they are now, without copies."""
@@ -177,7 +188,8 @@ class Resident:
         return stacks, embed, head
 
 
-CORRUPTION, DROPOUT = 3, 4  # streams of the run's root key; the model's initial values take 0 to 2
+# Streams of the run's root key; others take 0 to 2, 5, 6, 16 and 17.
+CORRUPTION, DROPOUT, ROUNDING = 3, 4, 7
 
 
 def constants_of(placement: Placement, seed: int, phase_index: int, token_bytes_V: np.ndarray) -> dict[str, jax.Array]:
@@ -187,6 +199,7 @@ def constants_of(placement: Placement, seed: int, phase_index: int, token_bytes_
         {
             "corruption_key": jax.random.fold_in(root, CORRUPTION),
             "dropout_key": jax.random.fold_in(jax.random.fold_in(root, DROPOUT), phase_index),
+            "rounding_key": jax.random.fold_in(jax.random.fold_in(root, ROUNDING), phase_index),
             "token_bytes_V": jnp.asarray(token_bytes_V, jnp.float32),
         },
         placement.replicated,

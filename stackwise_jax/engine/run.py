@@ -23,17 +23,18 @@ from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
 from stackwise_jax.engine.border import hand_over, keep_moments, open_phase, reference_embedding
 from stackwise_jax.engine.events import NullReporter, Reporter, StopFlag
+from stackwise_jax.engine.executor import Executor, make_executor
 from stackwise_jax.engine.heldout import held_out, held_out_batches
 from stackwise_jax.engine.loop import Feed, run_phase
 from stackwise_jax.engine.prefix import Prefix, PrefixCache
 from stackwise_jax.engine.programs import StepPrograms
 from stackwise_jax.engine.recorder import Recorder
-from stackwise_jax.engine.resident import Resident, constants_of
+from stackwise_jax.engine.resident import constants_of
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, path_items, stack_item
 from stackwise_jax.errors import RunError
-from stackwise_jax.memory import peak_device_bytes, peak_host_bytes
+from stackwise_jax.memory import Scratch, peak_device_bytes, peak_host_bytes
 
 Tree = Any
 HISTORY = 64  # points of the loss history kept with each item
@@ -116,6 +117,7 @@ class Run:
             if not directory.check_directory(setup):
                 directory.create_directory(setup)
 
+        self.scratch = Scratch(run_dir / directory.OFFLOAD)
         self.cache = PrefixCache(self.config.cache, self.placement, run_dir / directory.CACHE)
         for phase in self.phases:  # what cannot be cached as asked is refused now, not when its phase comes
             self.cache.choose(phase, self.loader, setup.task(phase))
@@ -124,6 +126,7 @@ class Run:
         self.recorder.store.lock()  # before anything is cut back or written
         root_key = self.placement.put(jax.random.key(self.config.run.seed), self.placement.replicated)
         self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root_key)
+        self.weights.scratch = self.scratch
         progress = self.recorder.store.latest() or self._begin()
         directory.check_unchanged(run_dir, progress, directory.fingerprints(setup))
         self.recorder.go_on_from(progress)
@@ -184,7 +187,7 @@ class Run:
         del executor  # its optimizer state and frozen copies make room for the evaluation of the whole path
         self._finish_phase(work, learned)
 
-    def _loop(self, work: PhaseWork, executor: Resident, start: int) -> dict[str, Tree]:
+    def _loop(self, work: PhaseWork, executor: Executor, start: int) -> dict[str, Tree]:
         """Train from step `start` to the end of the phase; returns the full trees of what learned."""
         feed = iter(work.feed)
         first = next(feed)
@@ -202,7 +205,7 @@ class Run:
             work.feed.close()
         return executor.learned()
 
-    def _set_up(self, index: int, start: int, started: float) -> tuple[PhaseWork, Resident]:
+    def _set_up(self, index: int, start: int, started: float) -> tuple[PhaseWork, Executor]:
         phase, weights, rack = self.phases[index], self.weights, self.setup.rack
         task = self.setup.task(phase)
         choice = self.cache.choose(phase, self.loader, task)
@@ -210,7 +213,7 @@ class Run:
         phase = dataclasses.replace(phase, corruption=corruption)
         origin = self.setup.adapters
         how = {"begins": not start, "cached": choice.use, "adapters": origin, "again": index + 1}
-        open_phase(weights, self.recorder, phase, **how)
+        open_phase(weights, self.recorder, phase, memory=self.config.memory, **how)
         reference = reference_embedding(weights, self.recorder, phase, begins=not start)
         constants = constants_of(self.placement, phase.seed, index, self.setup.tokenizer.token_bytes)
         prefix = Prefix(weights, phase, task, self.placement, constants["corruption_key"])
@@ -222,7 +225,7 @@ class Run:
             reason += "; filled" if advanced is None else f"; advanced through {advanced} more stack(s)"
         else:
             self.cache.close()
-        executor = Resident(rack, phase, task, weights, self.programs, constants, reference)
+        executor = make_executor(self.config.memory, phase, task, weights, self.programs, constants, reference)
         # A cached phase meets the same batches as the phases before it, any other goes on in the stream.
         offset = 0 if choice.use else sum(p.steps for p in self.phases[:index])
         feed = Feed(phase, self.loader, prefix, self.cache if choice.use else None, self.placement, offset, start)
@@ -261,9 +264,10 @@ class Run:
 
     # Called by the loop.
 
-    def _before_step(self, work: PhaseWork, executor: Resident, step: int, start: int, flush) -> None:
+    def _before_step(self, work: PhaseWork, executor: Executor, step: int, start: int, flush) -> None:
         run = self.config.run
         stopping = self._agree_to_stop(step)
+        work.step_bytes = executor.step_bytes
         if step > start:
             if run.eval_every and step % run.eval_every == 0:
                 flush()
@@ -318,7 +322,7 @@ class Run:
         """One line of metrics.jsonl: nothing in it depends on the clock, so a resumed run writes the same bytes."""
         self.recorder.log.append(row)
 
-    def _save(self, work: PhaseWork, executor: Resident, step: int) -> None:
+    def _save(self, work: PhaseWork, executor: Executor, step: int) -> None:
         extra = {"seconds": work.seconds, "skipped": work.skipped, "history": work.history}
         meta = self._meta(work, step)
         self.recorder.save_inside(executor.learned(), executor.opt, meta, extra, executor.bad_steps)
@@ -356,14 +360,12 @@ class Run:
 
     def _finish_phase(self, work: PhaseWork, learned: dict[str, Tree]) -> None:
         phase, weights, rack = work.phase, self.weights, self.setup.rack
-        for item, tree in learned.items():
-            weights.set(item, tree, weights.master)
-        for item in path_items(phase):
-            weights.ensure(item, weights.formats[item])
+        frozen = self.config.memory.finished == "frozen"
+        changed = self.recorder.settle(self.phases, work.index, learned, frozen=frozen)
         stacks = [(rack.stacks[i], weights.full(i)) for i in phase.path]
         loss = self._held_out(work, stacks, weights.on_device(EMBED), weights.on_device(HEAD))
         self._report_held_out(work, phase.steps, loss)
-        self.recorder.save_learned(learned, self._meta(work, phase.steps))
+        self.recorder.save_learned(changed, self._meta(work, phase.steps))
         tokens = phase.steps * self.loader.batch_size * self.config.data.seq_len
         result = {
             "index": work.index,
@@ -388,6 +390,7 @@ class Run:
             "formats": {item: weights.formats[item] for item in path_items(phase)},
         }
         self.recorder.results.append(result)
+        self.recorder.forget_depths(self.config.run.keep_depths, trained_apart(self.phases))
         last = work.index == len(self.phases) - 1
         self.recorder.commit(phase=work.index + 1, step=0, finished=last)
         self.reporter.phase_end(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from stackwise_jax.curriculum import AdapterSpec, Phase, Plan, StackAdapter, mak
 from stackwise_jax.data import Tokenizer, load_tokenizer
 from stackwise_jax.engine.directory import CHECKPOINTS, CONFIG, TOKENIZER, check_unchanged, read_config, read_rack
 from stackwise_jax.engine.shape import rack_shape
-from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, item_shapes, stack_item
 from stackwise_jax.errors import UsageError
+from stackwise_jax.memory.quantized import QUANTIZED, to_format
 from stackwise_jax.model import Block, Rack
+
+log = logging.getLogger(__name__)
 
 Tree = Any
 # What of a block does not change the meaning of its weights.
@@ -58,9 +62,22 @@ class Source:
         check_unchanged(self.run_dir, self.progress, {"tokenizer": tokenizer.fingerprint})
         return tokenizer
 
+    def saved_format(self, item: str) -> str:
+        """The format in which an item lies in the store."""
+        return self.store.item_meta(item, self.versions[item]).get("format", self.rack.param_dtype)
+
     def load(self, item: str, like: Tree = None) -> Tree:
-        """One item in full precision; `like` as in Store.load_item."""
-        return self.store.load_item(item, self.versions[item], like)
+        """One item.
+
+        Args:
+            like: a dense tree as in Store.load_item; what was saved quantized is dequantized. None: numpy arrays, in
+                the format in which it was saved.
+        """
+        saved = self.saved_format(item)
+        if saved not in QUANTIZED:
+            return self.store.load_item(item, self.versions[item], like)
+        tree = self.store.load_item(item, self.versions[item], item_shapes(self.rack, item, saved, self.adapters))
+        return tree if like is None else _dense(tree, like)
 
     def load_merged(self, stack: int, like: Tree) -> Tree:
         """A stack in full precision with its adapters merged into it."""
@@ -85,7 +102,8 @@ class Source:
             chosen = next(_ended(result) for result in reversed(progress.results) if result["index"] == expert)
             path = phases[expert].path
         elif depth is not None and depth != len(path):
-            at_depth = [r for r in progress.results if len(phases[r["index"]].path) == depth]
+            kept = [result for result in progress.results if "versions" in result]  # see run.keep_depths
+            at_depth = [r for r in kept if len(phases[r["index"]].path) == depth]
             if at_depth:
                 chosen = _ended(at_depth[-1])
                 path = phases[chosen[2]].path
@@ -132,6 +150,15 @@ def _ended(result: dict) -> tuple[dict, dict, int]:
 
 
 _merge = jax.jit(merge_adapters)
+
+
+def _dense(tree: Tree, like: Tree) -> Tree:
+    """A quantized tree in full precision, with the dtypes and shardings of `like`."""
+
+    def dequantized(tree: Tree) -> Tree:
+        return jax.tree.map(lambda x, target: x.astype(target.dtype), to_format(tree, "fp32"), like)
+
+    return jax.jit(dequantized, out_shardings=jax.tree.map(lambda x: x.sharding, like))(tree)
 
 
 def check_fits(source: Source, stacks: dict[int, int], rack: Rack, key: str) -> None:
@@ -247,6 +274,10 @@ def origin_for(config: StackWiseConfig, rack: Rack, tokenizer: Tokenizer, saved:
             f"run.init_from {source.run_dir} was trained with another tokenizer; write the tokenizer section of its "
             f"{source.run_dir / CONFIG}, or tokenizer.kind file with the .model in {source.run_dir / TOKENIZER}"
         )
+    quantized = {source.saved_format(stack_item(stack)) for stack in taken} & set(QUANTIZED)
+    if quantized:
+        kinds = ", ".join(sorted(quantized))
+        log.warning("run.init_from %s: its stacks were kept in %s only; they begin rounded to it", run.init_from, kinds)
     load_from = config.curriculum.adapters.load_from
     if load_from is None or Path(load_from).absolute() != source.run_dir.absolute():
         return Origin(source, stacks)

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.curriculum.phase import AttentionMode, Consistency, Noise, Objective
-from stackwise_jax.engine.optimizer import make_optimizer
+from stackwise_jax.engine.update import apply_update, clip, keep, norm, stack_norms
 from stackwise_jax.engine.window import Learns
 from stackwise_jax.kernels.cross_entropy import gather_targets, linear_cross_entropy
 from stackwise_jax.memory import Placement
@@ -64,6 +63,7 @@ class StepSpec:
     dropout: bool
     microbatches: int
     optimizer: OptimizerConfig
+    stack_sizes: tuple[tuple[int, ...], ...] | None  # per group, blocks of each stack, where each has a norm to clip
     adapter_rate: float  # learning rate of adapters as a multiple of the phase's
     consistency: Consistency | None
 
@@ -219,7 +219,7 @@ def train_step(
 
     Args:
         frozen: {"embed"?, "stacks": one tree per group (for a learning group its fixed part), "head"?}.
-        constants: {"corruption_key", "dropout_key", "token_bytes_V"}.
+        constants: {"corruption_key", "dropout_key", "rounding_key", "token_bytes_V"}.
 
     Returns:
         The new state, and scalars: loss (nats per token), bits_per_byte of the original text, accuracy (share of the
@@ -232,33 +232,21 @@ def train_step(
         earlier = dataclasses.replace(spec.task, noise=spec.consistency.noise)
         reference = earlier.batch(data.examples, constants["corruption_key"], data.visit)
     sums, grads = batch_gradients(spec, state.learning, frozen, batch, data.hidden_BTD, key, reference)
-    grad_norm = _norm(grads)
-    updates, opt = make_optimizer(spec.optimizer).update(grads, state.opt, state.learning)
-    # A finite gradient can still give an update that is not (a second moment that underflows, say).
-    finite = jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
-    rates = learning_rate_factors(updates, spec.adapter_rate)
-    learning = jax.tree.map(lambda p, u, r: p + (data.lr * r * u).astype(p.dtype), state.learning, updates, rates)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    cfg = spec.optimizer
+    grad_norm = norm(grads)
+    grads = clip(cfg, grads, grad_norm if spec.stack_sizes is None else stack_norms(grads, spec.stack_sizes))
+    rounding_key = jax.random.fold_in(constants["rounding_key"], state.step) if cfg.rounding == "stochastic" else None
+    learning, opt, finite = apply_update(
+        cfg, spec.adapter_rate, state.learning, state.opt, grads, data.lr, rounding_key
+    )
+    finite &= jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm)
+    learning, opt = keep(finite, (learning, opt), (state.learning, state.opt))
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-    new_state = TrainState(state.step + 1, bad_steps, keep(learning, state.learning), keep(opt, state.opt))
-    metrics = batch_metrics(batch, sums["nll"], sums["correct"], constants["token_bytes_V"])
+    new_state = TrainState(state.step + 1, bad_steps, learning, opt)
+    metrics = batch_metrics(batch_sums(batch, sums["nll"], sums["correct"], constants["token_bytes_V"]))
     if reference is not None:
         metrics["consistency"] = sums["distance"] / jnp.maximum((batch.segment_ids_BT != 0).sum(), 1)
     return new_state, metrics | {"grad_norm": grad_norm, "bad_steps": bad_steps, "finite": finite}
-
-
-def learning_rate_factors(tree: Tree, adapter_rate: float) -> Tree:
-    """Per leaf of what learns, the factor on the phase's learning rate: adapter_rate in adapters, else 1."""
-
-    def factor(path, _) -> float:
-        return adapter_rate if any(getattr(entry, "key", None) == "adapters" for entry in path) else 1.0
-
-    return jax.tree_util.tree_map_with_path(factor, tree)
-
-
-def _norm(tree: Tree) -> jax.Array:
-    """The global norm, in float32: in half precision the sum of squares would overflow early."""
-    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
 def batch_sums(batch: Batch, nll: jax.Array, correct: jax.Array, token_bytes_V: jax.Array) -> dict[str, jax.Array]:
@@ -272,9 +260,9 @@ def batch_sums(batch: Batch, nll: jax.Array, correct: jax.Array, token_bytes_V: 
     }
 
 
-def batch_metrics(batch: Batch, nll: jax.Array, correct: jax.Array, token_bytes_V: jax.Array) -> dict[str, jax.Array]:
-    """loss in nats per token, bits per byte of the original text, and accuracy on the predicted positions."""
-    sums = batch_sums(batch, nll, correct, token_bytes_V)
+def batch_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """From the sums of `batch_sums`: loss in nats per token, bits per byte of the original text, and accuracy on the
+    predicted positions."""
     return {
         "loss": sums["nll"] / jnp.maximum(sums["tokens"], 1.0),
         "bits_per_byte": sums["nll"] / jnp.log(2.0) / jnp.maximum(sums["bytes"], 1.0),

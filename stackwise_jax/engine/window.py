@@ -21,13 +21,17 @@ class Window:
     """Neighbouring alike stacks that learn alike are merged into groups, so that one scan runs each group.
 
     groups: the merged stacks; learns: what of each group learns; ids: the stack ids of each group.
+
+    Args:
+        merge: False: each stack is a group of its own.
     """
 
-    def __init__(self, rack: Rack, phase: Phase):
+    def __init__(self, rack: Rack, phase: Phase, *, merge: bool = True):
         self.groups: list[Stack] = []
         self.learns: list[Learns] = []
         self.ids: list[list[int]] = []
-        for (learns, _), run in itertools.groupby(phase.window, key=lambda index: _kind(phase, index)):
+        apart = (lambda index: None) if merge else (lambda index: index)
+        for (learns, *_), run in itertools.groupby(phase.window, key=lambda i: (*_kind(phase, i), apart(i))):
             indices = list(run)
             groups, sizes = merge_alike([rack.stacks[i] for i in indices])
             self.groups += groups

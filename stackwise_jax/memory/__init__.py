@@ -12,6 +12,7 @@ from stackwise_jax.memory.flops import (
     step_flops,
 )
 from stackwise_jax.memory.hashing import tree_hash
+from stackwise_jax.memory.offload import Conveyor, Place, Scratch, rest
 from stackwise_jax.memory.placement import (
     Placement,
     format_bytes,
@@ -24,7 +25,10 @@ __all__ = [
     "ActivationCache",
     "BlockDims",
     "CacheChoice",
+    "Conveyor",
+    "Place",
     "Placement",
+    "Scratch",
     "StackDims",
     "StepDims",
     "block_forward_flops",
@@ -36,6 +40,7 @@ __all__ = [
     "peak_device_bytes",
     "peak_host_bytes",
     "phase_flops",
+    "rest",
     "step_flops",
     "tree_hash",
 ]

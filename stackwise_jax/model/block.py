@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stackwise_jax.memory.quantized import Implementation
 from stackwise_jax.model.attention import (
     attention_shapes,
     cached_attention,
@@ -23,6 +24,7 @@ from stackwise_jax.model.norm import init_norm, rms_norm
 from stackwise_jax.model.spec import Params, dtype_of, module_params, require
 
 ATTENTION_MODES = ("bidirectional", "causal")
+QUANTIZED_MATMULS = ("dequantize", "native")
 
 
 class Block(nn.Module):
@@ -41,6 +43,8 @@ class Block(nn.Module):
 
     Parameters: {"attn_norm": {"scale"}, "attn": {"q", "k", "v", "o"}, "mlp_norm": {"scale"}, "mlp": {"gate", "up",
     "down"}}, each matrix {"kernel": (in, out)}, and "adapters" next to it where there are some (see linear.linear).
+    A kernel that does not learn may be a QuantizedTensor; `quantized_matmul` says how it is multiplied
+    (memory.quantized.matmul).
 
     Raises:
         UsageError: a field is impossible; the sentence names the key.
@@ -60,6 +64,7 @@ class Block(nn.Module):
     spectral_norm: float = 0.0  # 0: no bound
     param_dtype: str = "fp32"
     compute_dtype: str = "fp32"
+    quantized_matmul: Implementation = "dequantize"
 
     def __post_init__(self):
         if self.n_kv_heads is None:
@@ -92,6 +97,10 @@ class Block(nn.Module):
             f"model.spectral_norm is {self.spectral_norm}; write a bound above 0, or 0 for none",
         )
         check_mode(self.attention_mode)
+        require(
+            self.quantized_matmul in QUANTIZED_MATMULS,
+            f"model.quantized_matmul is '{self.quantized_matmul}'; write one of {[*QUANTIZED_MATMULS]}",
+        )
         for dtype in (self.param_dtype, self.compute_dtype):
             dtype_of(dtype)
 

@@ -10,6 +10,7 @@ from typing import Any
 from stackwise_jax.config.loading import config_from_dict
 from stackwise_jax.config.schema import StackWiseConfig
 from stackwise_jax.errors import UsageError
+from stackwise_jax.memory.quantized import Implementation
 from stackwise_jax.model.block import Block
 from stackwise_jax.model.presets import grouped_heads, resolve_attention
 from stackwise_jax.model.rack import Rack
@@ -38,6 +39,7 @@ def create_block_spec(
     spectral_norm: float = 0.0,
     param_dtype: str = "fp32",
     compute_dtype: str = "fp32",
+    quantized_matmul: Implementation = "dequantize",
 ) -> dict[str, Any]:
     """The keyword arguments of a Block, with the attention preset resolved and everything checked.
 
@@ -75,6 +77,7 @@ def create_block_spec(
         "spectral_norm": spectral_norm,
         "param_dtype": param_dtype,
         "compute_dtype": compute_dtype,
+        "quantized_matmul": quantized_matmul,
     }
     Block(**spec, parent=None)
     return spec
@@ -189,6 +192,7 @@ def create_rack_from_config(config: StackWiseConfig | Mapping[str, Any], vocab_s
         spectral_norm=model.spectral_norm,
         param_dtype=model.param_dtype,
         compute_dtype=model.compute_dtype,
+        quantized_matmul=model.quantized_matmul,
     )
     depth = model.architecture
     require(depth.n_stacks >= 1, f"model.architecture.n_stacks is {depth.n_stacks}; write at least 1")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from stackwise_jax.memory.quantized import Implementation, QuantizedTensor, dequantize, matmul
 from stackwise_jax.model.spec import Params, dtype_of
 
 if TYPE_CHECKING:
@@ -27,18 +28,29 @@ def init_kernel(key: jax.Array, n_in: int, n_out: int, dtype: Any, gain: float =
 
 
 def linear(
-    x_NI: jax.Array, params: Params, dtype: Any, dropout_key: jax.Array | None = None, spectral_norm: float = 0.0
+    x_NI: jax.Array,
+    params: Params,
+    dtype: Any,
+    dropout_key: jax.Array | None = None,
+    spectral_norm: float = 0.0,
+    quantized_matmul: Implementation = "dequantize",
 ) -> jax.Array:
     """x @ kernel in `dtype`, plus scale * (x @ a) @ b for each adapter; all are cast at use. (..., I) -> (..., O).
 
     params: {"kernel": (I, O)[, "adapters": {name: {"a": (I, R), "b": (R, O), "scale": ()[, "dropout": ()]}}]}. An
     adapter that holds "dropout" drops that share of its own input if there is a key (Hu et al. 2021); the product
-    with the kernel sees all of x. spectral_norm above 0 bounds the kernel, not the adapters; see bound_kernel.
+    with the kernel sees all of x. spectral_norm above 0 bounds the kernel, not the adapters; see bound_kernel. A kernel
+    that is a QuantizedTensor gets no gradient; quantized_matmul says how it is multiplied (memory.quantized.matmul).
     """
     kernel_IO, x_NI = params["kernel"], x_NI.astype(dtype)
-    if spectral_norm > 0.0:
-        kernel_IO = bound_kernel(kernel_IO, spectral_norm)
-    y_NO = jnp.matmul(x_NI, kernel_IO.astype(dtype))
+    if isinstance(kernel_IO, QuantizedTensor):
+        y_NO = matmul(x_NI, kernel_IO, dtype, quantized_matmul)
+        if spectral_norm > 0.0:  # after the product, so that no dense kernel is kept for the backward pass
+            y_NO = y_NO * _bound(dequantize(kernel_IO, jnp.float32), spectral_norm).astype(dtype)
+    else:
+        if spectral_norm > 0.0:
+            kernel_IO = bound_kernel(kernel_IO, spectral_norm)
+        y_NO = jnp.matmul(x_NI, kernel_IO.astype(dtype))
     for i, (_, adapter) in enumerate(sorted(params.get("adapters", {}).items())):
         key = None if dropout_key is None or "dropout" not in adapter else jax.random.fold_in(dropout_key, i)
         y_NO = y_NO + _adapted(x_NI, adapter, dtype, key)
@@ -50,7 +62,8 @@ def project(
 ) -> jax.Array:
     """x through one of the matrices of a block, as the block uses them all; params holds the matrices by name."""
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, [*MATRICES].index(name))
-    return linear(x_NI, params[name], dtype_of(block.compute_dtype), key, block.spectral_norm)
+    dtype = dtype_of(block.compute_dtype)
+    return linear(x_NI, params[name], dtype, key, block.spectral_norm, block.quantized_matmul)
 
 
 def bound_kernel(kernel_IO: jax.Array, limit: float) -> jax.Array:
@@ -61,13 +74,18 @@ def bound_kernel(kernel_IO: jax.Array, limit: float) -> jax.Array:
     the result may exceed the limit by a few percent.
     """
     kernel_IO = kernel_IO.astype(jnp.float32)
+    return kernel_IO * _bound(kernel_IO, limit)
+
+
+def _bound(kernel_IO: jax.Array, limit: float) -> jax.Array:
+    """min(1, limit / sigma) of a float32 matrix."""
     fixed_IO = jax.lax.stop_gradient(kernel_IO)
     v_O = _unit(jax.random.normal(jax.random.key(0), kernel_IO.shape[1:]))
     with jax.default_matmul_precision("highest"):
         improve = lambda _, v_O: _unit(_unit(fixed_IO @ v_O) @ fixed_IO)
         v_O = jax.lax.fori_loop(0, POWER_ITERATIONS, improve, v_O)
         sigma = _unit(fixed_IO @ v_O) @ kernel_IO @ v_O
-    return kernel_IO * (limit / jnp.maximum(sigma, limit))
+    return limit / jnp.maximum(sigma, limit)
 
 
 def _adapted(x_NI: jax.Array, adapter: Params, dtype: Any, dropout_key: jax.Array | None) -> jax.Array:

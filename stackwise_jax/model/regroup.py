@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stackwise_jax.memory.quantized import formats_of
 from stackwise_jax.model.functional import stack_name
 from stackwise_jax.model.rack import Rack
 from stackwise_jax.model.spec import Params, require
@@ -19,9 +20,14 @@ from stackwise_jax.model.stack import Stack, block_name
 
 
 def concat_blocks(params_list: Sequence[Params]) -> Params:
-    """The trees of stacks of alike blocks as the tree of one stack that holds all their blocks."""
+    """The trees of stacks of alike blocks as the tree of one stack that holds all their blocks.
+
+    Raises:
+        UsageError: their weights are in different formats, one of them quantized.
+    """
     if len(params_list) == 1:
         return params_list[0]
+    _require_one_format(params_list)
     return jax.tree.map(lambda *leaves: _library(leaves).concatenate(leaves), *params_list)
 
 
@@ -111,10 +117,24 @@ def unstack_blocks(stack: Stack, params: Params) -> list[Params]:
 
 
 def stack_blocks(stack: Stack, trees: Sequence[Params]) -> Params:
-    """The way back from `unstack_blocks`."""
+    """The way back from `unstack_blocks`.
+
+    Raises:
+        UsageError: weights of alike blocks are in different formats, one of them quantized.
+    """
     if stack.block_alike:
+        _require_one_format(trees)
         return {"blocks": jax.tree.map(lambda *leaves: _library(leaves).stack(leaves), *trees)}
     return {block_name(i): tree for i, tree in enumerate(trees)}
+
+
+def _require_one_format(trees: Sequence[Params]) -> None:
+    formats = [formats_of(tree) for tree in trees]
+    require(
+        all(found == formats[0] for found in formats),
+        f"blocks with weights in the formats {sorted(set().union(*formats))} cannot become one stack; bring them into "
+        "one format first (memory.quantized.to_format)",
+    )
 
 
 def _library(leaves: Sequence[Any]) -> Any:

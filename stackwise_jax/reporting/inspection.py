@@ -13,6 +13,7 @@ import yaml
 
 from stackwise_jax.checkpoint import Location, Progress, Store, readable
 from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.memory.quantized import QuantizedTensor, dequantize
 
 CONFIG, PHASES, CHECKPOINTS = "config.yaml", "phases.json", "checkpoints"
 
@@ -23,7 +24,8 @@ def inspect_path(path: str | Path, stack: int | None = None, norms: bool = False
     Args:
         path: what to look into.
         stack: of a run or a store, only the items of this stack.
-        norms: read the arrays of the newest version of each item and add the 2-norm of each leaf.
+        norms: read the arrays of the newest version of each item and add the 2-norm of each leaf, of a quantized
+            matrix that of the numbers that it stands for.
 
     Returns:
         "kind" (run, store or item), "path", "records" (progress records), "items" (one entry per version, the newest
@@ -147,17 +149,34 @@ def _item(store: Store, name: str, version: int, norms: bool) -> dict[str, Any]:
         {"name": leaf, "shape": list(s.shape), "dtype": s.dtype.name, "bytes": s.size * s.dtype.itemsize}
         for leaf, s in shapes.items()
     ]
-    item = {"name": name, "version": version, "path": str(path), **store.item_meta(name, version)}
+    item: dict[str, Any] = {
+        "values": sum(s.size for s in shapes.values())
+    }  # but of quantized matrices, where the meta knows better
+    item |= {"name": name, "version": version, "path": str(path), **store.item_meta(name, version)}
     item["loss_history"] = [_point(point) for point in item.get("loss_history", [])]
-    item["values"] = sum(s.size for s in shapes.values())
     item["bytes"] = sum(leaf["bytes"] for leaf in leaves)
+    item["bits_per_value"] = 8 * item["bytes"] / max(item["values"], 1)
     item["disk_bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if norms:
-        arrays = dict(_leaves(store.load_item(name, version)))
+        found = dict(_norms(store.load_item(name, version), item.get("format", "")))
         for leaf in leaves:
-            leaf["norm"] = float(np.linalg.norm(arrays.pop(leaf["name"]).astype(np.float64).ravel()))
-        item["norm"] = math.hypot(*(leaf["norm"] for leaf in leaves))
+            if leaf["name"] in found:
+                leaf["norm"] = found[leaf["name"]]
+        item["norm"] = math.hypot(*found.values())
     return item | {"leaves": leaves}
+
+
+def _norms(tree: Any, fmt: str, path: str = "") -> Iterator[tuple[str, float]]:
+    """(path, 2-norm) of the leaves; of a quantized matrix its own at the place of the payload, none of the scales."""
+    if isinstance(tree, Mapping) and "payload" in tree:
+        # Padding is zeros, so all rows that are stored may count.
+        whole = QuantizedTensor(**tree, fmt=fmt, rows=2 * tree["payload"].shape[-2])
+        path, tree = f"{path}/payload", np.asarray(dequantize(whole, np.float32))
+    if isinstance(tree, Mapping):
+        for key, branch in tree.items():
+            yield from _norms(branch, fmt, f"{path}/{key}" if path else key)
+    else:
+        yield path, float(np.linalg.norm(tree.astype(np.float64).ravel()))
 
 
 def _point(point: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ _ITEMS: Columns = (
     ("values", "values", count),
     ("bytes", "bytes", size),
     ("format", "format", str),
+    ("bits/\nvalue", "bits_per_value", lambda x: f"{x:.4g}"),
     ("written by", "phase", str),
     ("at step", "step", str),
     ("records", "records", lambda numbers: members(numbers) or "none"),

@@ -1,0 +1,63 @@
+"""Bytes that a run keeps on disk while a phase runs: items by version, and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stackwise_jax.engine.setup import Setup
+from stackwise_jax.engine.weights import EMBED, HEAD, final_format, learning_items, path_items, stack_item
+from stackwise_jax.memory.budget import Part
+
+ItemBytes = Callable[[str, str], int]  # of an item in a format
+StateBytes = Callable[[str, int], int]  # of the optimizer state of an item in a phase
+
+
+class Disk:
+    """The checkpoints of a run, from phase to phase. Phases are asked for in their order.
+
+    Uncompressed, and with as many versions as there are at the worst moment: `run.keep` records stay until the next is
+    committed, and a stop in the middle of a phase saves once more.
+    """
+
+    def __init__(self, setup: Setup, master: str, item_bytes: ItemBytes, state_bytes: StateBytes):
+        self._setup, self._master, self._phases = setup, master, setup.plan.phases
+        self._item_bytes, self._state_bytes = item_bytes, state_bytes
+        start = [EMBED, HEAD, *map(stack_item, setup.plan.start)]
+        self._held = {item: item_bytes(item, master) for item in start}
+        self._moments: dict[str, int] = {}
+
+    def during(self, index: int) -> dict[str, Part]:
+        """The most that lies on disk while a phase runs and is saved."""
+        run, phase = self._setup.config.run, self._phases[index]
+        learning = learning_items(phase)
+        inside = max((phase.steps - 1) // run.save_every if run.save_every else 0, 1)
+        weights = state = 0
+        for item in path_items(phase):
+            if item not in learning and item not in self._held:
+                self._held[item] = self._item_bytes(item, self._master)
+        for item in learning:
+            versions = min(run.keep + 1, inside + 1 + (item in self._held))
+            older = self._held.get(item, 0) if item in self._held else 0
+            newest = self._item_bytes(item, self._master)
+            weights += (versions - 1) * newest + (older or newest)
+            state += min(run.keep + 1, inside) * self._state_bytes(item, index)
+        still = sum(n for item, n in self._held.items() if item not in learning)
+        moments = sum(self._moments.values()) + sum(
+            self._state_bytes(i, index) for i in learning if self._goes_on(i, index)
+        )
+        self._settle(index, learning)
+        return {"weights": Part(weights + still, "shapes"), "optimizer": Part(state + moments, "shapes")}
+
+    def _settle(self, index: int, learning: list[str]) -> None:
+        """What stays when the phase has ended."""
+        for item in learning:
+            frozen = self._setup.config.memory.finished == "frozen"
+            fmt = final_format(self._phases, index, item, self._master) if frozen else self._master
+            self._held[item] = self._item_bytes(item, fmt)
+            if self._goes_on(item, index):
+                self._moments[item] = self._state_bytes(item, index)
+        self._moments = {item: n for item, n in self._moments.items() if self._goes_on(item, index)}
+
+    def _goes_on(self, item: str, index: int) -> bool:
+        """Whether the next phase in which an item learns goes on with its optimizer state."""
+        return next((p.keep_optimizer for p in self._phases[index + 1 :] if item in learning_items(p)), False)

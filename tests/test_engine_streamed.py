@@ -1,0 +1,137 @@
+"""The streamed executor against the resident one, and what it keeps on the device.
+
+That every plan trains alike in both is in test_engine_plans.py; that it is continued bitwise, in test_kill_resume.py.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from tiny import leaves, losses, metrics, saved, tiny, train
+
+from stackwise_jax.engine import Run, prepare
+from stackwise_jax.engine.pieces import close_step
+from stackwise_jax.engine.programs import StepPrograms
+from stackwise_jax.engine.streamed_bytes import piece_bytes
+from stackwise_jax.engine.weights import Weights
+
+DEPTH_TIME = ["objective.kind=diffusion", "objective.time=depth", "curriculum.plan=prepend"]
+CASES = {
+    "tied, microbatches, dropout": [
+        "curriculum.plan=rackwise",
+        "model.tie_embeddings=true",
+        "optimizer.microbatches=2",
+        "model.dropout=0.3",
+        "model.freeze_up_proj=true",
+        "memory.offload=all",
+    ],
+    "consistency, frozen suffix on disk": [
+        *DEPTH_TIME,
+        "curriculum.consistency=0.5",
+        "optimizer.microbatches=2",
+        "memory.offload=trunk",
+        "memory.offload_to=disk",
+    ],
+    "adamw, stack norms, all on disk": [
+        "curriculum.plan=rackwise",
+        "optimizer.clip=stack",
+        "optimizer.grad_clip=0.1",
+        "memory.offload=all",
+        "memory.offload_to=disk",
+        "memory.stack_inputs=host",
+    ],
+    "quantized trunk with adapters": [
+        "curriculum.plan=append",
+        "curriculum.trunk=adapt",
+        "curriculum.frozen=nf4",
+        "curriculum.adapters.dropout=0.2",
+        "memory.offload=trunk+optimizer",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_streamed_training_is_resident_training(case, tmp_path):
+    resident = [change for change in CASES[case] if not change.startswith("memory.")]
+    sgd = [] if case.startswith("adamw") else ["optimizer.name=sgd"]
+    train(tiny("run.seed=3", *sgd, *resident), tmp_path / "resident")
+    train(tiny("run.seed=3", *sgd, *CASES[case]), tmp_path / "streamed")
+    assert np.allclose(losses(tmp_path / "resident"), losses(tmp_path / "streamed"), rtol=1e-6)
+    norms = [
+        [row["grad_norm"] for row in metrics(tmp_path / name) if "grad_norm" in row]
+        for name in ("resident", "streamed")
+    ]
+    assert np.allclose(*norms, rtol=1e-6 if sgd else 1e-5)
+    a, b = leaves(saved(tmp_path / "resident")), leaves(saved(tmp_path / "streamed"))
+    assert a.keys() == b.keys()
+    for where, x in a.items():
+        assert np.abs(x - b[where]).max(initial=0) <= (2e-6 if sgd else 1e-4) * max(np.abs(x).max(initial=0), 1e-3), (
+            where
+        )
+
+
+class Watch:
+    """Counts what lies in device memory each time a piece has been dispatched."""
+
+    def __init__(self, monkeypatch):
+        self.most = 0
+        call = StepPrograms.call
+
+        def watched(programs, function, static, *args, **how):
+            made = call(programs, function, static, *args, **how)
+            jax.block_until_ready(made)
+            live = [x for x in jax.live_arrays() if x.sharding.memory_kind == "device"]
+            self.most = max(self.most, sum(x.nbytes for x in live) - self.other)
+            return made
+
+        monkeypatch.setattr(StepPrograms, "call", watched)
+        self.other = sum(x.nbytes for x in jax.live_arrays() if x.sharding.memory_kind == "device")
+
+
+def test_neither_device_bytes_nor_programs_grow_with_depth(tmp_path, monkeypatch):
+    found = {}
+    for n in (3, 9):
+        with monkeypatch.context() as patch:
+            watch = Watch(patch)
+            changes = [
+                f"model.architecture.n_stacks={n}",
+                "model.d_model=64",
+                "model.d_ff=256",
+                "curriculum.plan=rackwise",
+            ]
+            changes += ["memory.offload=all", "memory.stack_inputs=host", "optimizer.clip=stack", "curriculum.steps=2"]
+            run = train(tiny(*changes), tmp_path / f"run{n}")
+            found[n] = (watch.most, run.programs.compilations)
+    assert found[3][1] == found[9][1]
+    stack = run.setup.rack.stacks[0].parameter_count() * 4
+    assert found[9][0] < found[3][0] * 1.02
+    assert found[9][0] < 9 * stack  # the learning state of nine stacks, without activations, would be 36 of them
+
+
+@pytest.mark.parametrize("clip", ["global", "stack"])
+def test_what_is_not_finite_changes_nothing_and_is_counted(clip, tmp_path):
+    changes = ["curriculum.plan=rackwise", "memory.offload=all", f"optimizer.clip={clip}", "optimizer.lr=1e30"]
+    run = Run(
+        prepare(
+            tiny(*changes, "curriculum.steps=6", "optimizer.schedule=constant", "optimizer.name=sgd"), tmp_path / "run"
+        )
+    )
+    run.train()
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert rows[-1]["skipped"] >= 3
+    assert all(np.isfinite(x).all() for x in leaves(saved(tmp_path / "run")).values())
+
+
+def test_the_pieces_that_are_planned_are_those_that_run(tmp_path):
+    changes = ["memory.offload=all", "optimizer.microbatches=2", "curriculum.consistency=0.5", "model.dropout=0.1"]
+    setup = prepare(tiny(*DEPTH_TIME, *changes), tmp_path / "run")
+    programs = StepPrograms(setup.placement)
+    key = setup.placement.put(jax.random.key(0), setup.placement.replicated)
+    for phase in setup.plan.phases:
+        planned = piece_bytes(setup, Weights(setup.rack, setup.placement, None, key), phase, programs)
+        assert all(entry["total"] > 0 for entry in planned.values())
+    run = Run(setup)
+    run.train()
+    ran = {key for key in run.programs._compiled if key[0] is not close_step}  # it handles a few numbers
+    assert ran == set(programs._compiled)

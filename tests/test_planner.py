@@ -1,0 +1,199 @@
+"""The planner against what is compiled and run: bytes, what fits, what would help, and that nothing is allocated."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import summary, tiny, train
+
+from stackwise_jax.config import load_config
+from stackwise_jax.config.checks import DEVICE_NAMES
+from stackwise_jax.engine import planner, prepare
+from stackwise_jax.engine.plan_changes import advise, changed, too_large, what_helps
+from stackwise_jax.engine.planner import plan_run
+from stackwise_jax.engine.sketch import sketch
+from stackwise_jax.errors import UsageError
+from stackwise_jax.memory.budget import Demand, Part, shortfalls
+from stackwise_jax.memory.devices import DEVICES, Device, Machine, machine_of
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+NOWHERE = Path("no run directory")
+GB = 10**9
+BIG = Machine(Device("big", 10**15), 10**15, 10**15)
+
+SHAPE = ("model.d_model=64", "model.d_ff=176", "data.seq_len=64", "model.freeze_up_proj=false", "run.eval_batches=1")
+PLANS = {
+    "rackwise": ("curriculum.plan=rackwise",),
+    "append, cached": ("curriculum.plan=append", "cache.kind=host"),
+    "append, recomputed": ("curriculum.plan=append", "cache.kind=recompute"),
+    "prepend": ("curriculum.plan=prepend",),
+}
+
+
+def h200(**sizes):
+    return machine_of("h200", sizes.get("host", "100GiB"), sizes.get("disk", "60GB"), NOWHERE)
+
+
+def setup_of(*changes):
+    return sketch(tiny(*changes), NOWHERE)
+
+
+def big(name, *changes):
+    return sketch(load_config(CONFIGS / f"{name}.yaml", [f"--{change}" for change in changes]), NOWHERE)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_prediction_is_within_10_percent_of_the_run(name, tmp_path):
+    """Measured: arguments + outputs + temporaries - aliases of the step that the run compiled."""
+    config = tiny(*SHAPE, *PLANS[name], "curriculum.steps=1")
+    setup = prepare(config, tmp_path)
+    compiled, formula = ([p.step_bytes for p in plan_run(setup, BIG, compiled=how).phases] for how in (True, False))
+    train(config, tmp_path)
+    measured = [phase["peak_device_bytes"] for phase in summary(tmp_path)["phases"]]
+    assert compiled == pytest.approx(measured, rel=0.1)
+    assert formula == pytest.approx(measured, rel=0.25)
+
+
+FORMULAS = {
+    "recomputed blocks": ("model.remat=true",),
+    "microbatches": ("optimizer.microbatches=4",),
+    "large vocabulary": ("model.vocab_size=4096",),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_formulas_are_within_25_percent_of_the_compiled_step(name):
+    setup = setup_of(*SHAPE, "curriculum.plan=rackwise", "model.architecture.blocks_per_stack=2", *FORMULAS[name])
+    (formula,), (compiled,) = (plan_run(setup, BIG, compiled=how).phases for how in (False, True))
+    assert formula.step_bytes == pytest.approx(compiled.step_bytes, rel=0.25)
+    assert {part.source for part in formula.demand.device.values()} <= {"shapes", "formula"}
+    assert compiled.demand.device["activations"].source == "compiled"
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_formulas_know_what_the_streamed_executor_holds(blocks, tmp_path):
+    """Its largest program is the backward pass of a stack; beside it wait the next stack and optimizer state."""
+    changes = "curriculum.plan=rackwise", "memory.offload=all", f"model.architecture.blocks_per_stack={blocks}"
+    config = tiny(*SHAPE, *changes, "data.batch_size=8", "optimizer.clip=stack", "curriculum.steps=1")
+    plan = plan_run(prepare(config, tmp_path), BIG)
+    entry = train(config, tmp_path).programs.bytes["backward"]
+    (phase,) = plan.phases
+    assert phase.demand.device["activations"].bytes == pytest.approx(entry["temporaries"], rel=0.25)
+    assert phase.step_bytes > 0.9 * entry["total"]
+
+
+@pytest.mark.parametrize("name", ["llama_70b_h200", "llama_70b_h200_128k"])
+def test_the_70b_model_fits_one_accelerator(name):
+    before, begin = len(jax.live_arrays()), time.perf_counter()
+    plan = plan_run(big(name), h200())
+    assert time.perf_counter() - begin < 60
+    assert len(jax.live_arrays()) == before
+    assert plan.fits and len(plan.phases) == 80
+    assert plan.peak("device") < 35 * GB
+    assert plan.peak("host") < 100 * 2**30
+    assert plan.peak("disk") < 60 * GB
+
+
+@pytest.mark.parametrize("name, device", [("llama_7b_24gb", "rtx4090"), ("llama_1b_t4", "t4")])
+def test_the_smaller_models_fit_their_devices(name, device):
+    assert plan_run(big(name), machine_of(device, "64GiB", "200GB", NOWHERE)).fits
+
+
+def test_equal_phases_are_looked_at_once(monkeypatch):
+    calls = []
+    real = planner.resident_parts
+    monkeypatch.setattr(planner, "resident_parts", lambda *args: calls.append(args) or real(*args))
+    plan = plan_run(setup_of("curriculum.plan=append", "model.architecture.n_stacks=30"), BIG)
+    assert len(plan.phases) == 30 and len(calls) == 2  # the first also trains the embedding
+
+
+def test_streaming_takes_device_memory_that_does_not_grow_with_depth():
+    streamed = "curriculum.plan=rackwise", "memory.offload=all", "memory.stack_inputs=host", "optimizer.clip=stack"
+    few, many = (setup_of(*streamed, f"model.architecture.n_stacks={n}") for n in (4, 40))
+    few, many = (plan_run(setup, BIG) for setup in (few, many))
+    assert {phase.executor for phase in (*few.phases, *many.phases)} == {"streamed"}
+    assert many.peak("device") == pytest.approx(few.peak("device"), rel=0.02)
+    assert many.peak("host") - few.peak("host") > 36 * 4 * 1000  # 36 stacks more wait there
+
+
+def test_resident_memory_grows_with_depth():
+    few, many = (setup_of("curriculum.plan=rackwise", f"model.architecture.n_stacks={n}") for n in (4, 40))
+    assert plan_run(many, BIG).peak("device") > 4 * plan_run(few, BIG).peak("device")
+
+
+def disk(*changes):
+    return plan_run(setup_of("curriculum.plan=append", "model.d_model=64", *changes), BIG).peak("disk")
+
+
+def test_versions_and_formats_decide_what_lies_on_disk():
+    assert disk("run.keep=3", "run.save_every=1") > disk("run.keep=1", "run.save_every=1")
+    trunk = "curriculum.frozen=bf16", "model.architecture.n_stacks=8"
+    assert disk("memory.finished=frozen", *trunk) < disk(*trunk)
+
+
+def test_the_cache_is_counted_where_it_lies():
+    chunk = 4 * 16 * 32 * 4
+    common = "curriculum.plan=append", "curriculum.steps=3", "cache.kind=host"
+    host, spilled = (
+        plan_run(setup_of(*common, f"cache.host_budget={n}"), BIG).phases[1].demand for n in (9 * chunk, chunk)
+    )
+    assert (host.host["cache"].bytes, host.disk["cache"].bytes) == (3 * chunk, 0)
+    assert (spilled.host["cache"].bytes, spilled.disk["cache"].bytes) == (chunk, 2 * chunk)
+
+
+def test_device_and_host_share_the_memory_of_a_cpu():
+    demand = Demand({"weights": Part(60, "shapes")}, {"cache": Part(50, "shapes")}, {})
+    assert not shortfalls(demand, Machine(Device("gpu", 60), host=50, disk=None))
+    (short,) = shortfalls(demand, Machine(Device("cpu", None), host=100, disk=None, shared=True))
+    assert (short.place, short.need, short.limit, short.largest, short.certain) == ("host", 110, 100, "weights", True)
+
+
+def test_what_only_a_formula_says_is_not_certain():
+    demand = Demand({"weights": Part(60, "shapes"), "activations": Part(50, "formula")}, {}, {})
+    tight, small = (shortfalls(demand, Machine(Device("gpu", n), None, None))[0] for n in (100, 95))
+    assert (tight.certain, small.certain) == (False, True)
+
+
+def test_what_helps_is_tried_and_fits():
+    setup = big("llama_7b_24gb", "memory.offload=none", "optimizer.name=adamw", "optimizer.rounding=nearest")
+    machine = machine_of("rtx4090", "64GiB", "400GB", NOWHERE)
+    plan = plan_run(setup, machine)
+    assert not plan.fits
+    helpful, fitting = what_helps(setup, machine, plan)
+    assert fitting is not None and fitting.plan.fits and helpful
+    again = plan_run(sketch(changed(setup.config, fitting.keys), NOWHERE), machine)
+    assert again.peak("device") == fitting.plan.peak("device")
+    assert all(change.plan.peak("device") < plan.peak("device") for change in helpful)
+
+
+def test_advice_names_end_to_end_first_where_it_fits():
+    setup = setup_of()
+    names = [way.name for way in advise(setup, BIG) if way.change.plan.fits]
+    assert names[0] == "end to end, resident"
+    small = Machine(Device("small", 2 * 10**6, DEVICES["t4"].flops), 10**9, 10**9)
+    deep = setup_of("model.architecture.n_stacks=40", "optimizer.microbatches=4")
+    ways = advise(deep, dataclasses.replace(small, host=3 * GB + 10**9))
+    assert not ways[0].change.plan.fits
+    assert next(way.name for way in ways if way.change.plan.fits) == "end to end, streamed"
+    assert ways[0].days is not None and ways[0].days > 0
+
+
+def test_a_run_that_cannot_fit_is_refused_with_figures_and_a_remedy():
+    text = "model.architecture.n_stacks=12", "curriculum.plan=rackwise", "data.seq_len=256", "data.batch_size=16"
+    setup = prepare(tiny(*text, "memory.host=1GB"), NOWHERE)
+    assert too_large(setup) is None
+    sentence = too_large(prepare(tiny(*text, "memory.host=900MB", "model.d_model=128"), NOWHERE))
+    assert sentence is not None
+    assert "phase 'rack' needs" in sentence and "of host memory where 858.3 MiB are to be had" in sentence
+    assert "write --" in sentence and "memory.check off" in sentence
+
+
+def test_names_of_devices_are_those_of_the_configuration():
+    assert {*DEVICES, "cpu"} == set(DEVICE_NAMES)
+    assert machine_of("40GB", "1GiB", "2GB", NOWHERE) == Machine(Device("40GB", 40 * GB), 2**30, 2 * GB)
+    with pytest.raises(UsageError, match=r"memory.device is \"h300\"; write one of h200, .*, cpu, or a size"):
+        machine_of("h300", None, None, NOWHERE)
+    here = machine_of(None, None, None, NOWHERE)
+    assert here.shared and here.host is not None and here.disk is not None
