@@ -26,7 +26,7 @@ from one_phase import in_fresh_process
 BLOCKS_PER_STACK = 2
 DEPTHS = (12, 24, 48, 96)  # blocks
 SMOKE_DEPTHS = (4, 8)
-SIZES = {"data.batch_size": 4, "data.seq_len": 128}  # small for a CPU; --set replaces them
+SIZES = {"data.batch_size": 4}  # small for a CPU; --set replaces it
 STREAMED = {"memory.stack_inputs": "host", "optimizer.clip": "stack"}
 WAYS: dict[str, dict[str, Any]] = {
     "rackwise resident": {"curriculum.plan": "rackwise"},

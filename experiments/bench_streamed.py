@@ -3,10 +3,10 @@
     python experiments/bench_streamed.py [--config FILE] [--batches N ..] [--set KEY=VALUE] [--smoke] [--json]
 
 End to end (plan rackwise). For each batch size both are set up by the engine on the same data and take turns; `speed`
-is the resident step's time over the streamed step's, so 1 is as fast and smaller is slower. The losses of the first steps
-must agree. A streamed step computes every stack a second time on the way back; `model.remat` is therefore on for both,
-so that they compute the same. That holds for stacks of one block, as they are here: within a larger stack a streamed
-step with remat computes each block a third time.
+is the resident step's time over the streamed step's, so 1 is as fast and smaller is slower. The losses of the first
+steps must agree. A streamed step computes every stack a second time on the way back; `model.remat` is therefore on for
+both, so that they compute the same. That holds for stacks of one block, as they are here: within a larger stack a
+streamed step with remat computes each block a third time.
 
 What streaming costs is the time of the transfers that the computation of one stack does not hide. Both grow with the
 size of a stack, but only the computation grows with the tokens. Target: on a GPU a speed of at least 0.85 once a
@@ -33,18 +33,15 @@ def measure(batch_size: int, rounds: int, n: int, args: argparse.Namespace) -> d
     """Seconds per step of both executors at one batch size."""
     changes = {"curriculum.plan": "rackwise", "curriculum.steps": (rounds + 2) * n, "run.save_every": 0}
     changes |= {"model.remat": True, "optimizer.clip": "stack"}
-    if not args.smoke:
-        changes |= {"data.batch_size": batch_size, "model.architecture.n_stacks": args.stacks}
-    changes["model.architecture.blocks_per_stack"] = 1
+    changes |= {"model.architecture.n_stacks": args.stacks, "model.architecture.blocks_per_stack": 1}
     ways = {
         "resident": {"memory.offload": "none"},
         "streamed": {"memory.offload": args.offload, "memory.stack_inputs": args.stack_inputs},
     }
+    sized = argparse.Namespace(smoke=args.smoke, set=[f"data.batch_size={batch_size}", *args.set])
     with contextlib.ExitStack() as stack:
-        loops = {}
-        for name, way in ways.items():
-            own = changes | ({"data.batch_size": batch_size} if args.smoke else {}) | way
-            loops[name] = stack.enter_context(PhaseLoop(configure(args.config, own, args)))
+        configs = {name: configure(args.config, changes | way, sized) for name, way in ways.items()}
+        loops = {name: stack.enter_context(PhaseLoop(config, saved=False)) for name, config in configs.items()}
         config = loops["resident"].setup.config
         losses = {name: [loop.steps_alone(1)["loss"] for _ in range(2)] for name, loop in loops.items()}
         tolerance = 1e-4 if config.model.compute_dtype == "fp32" else 2e-2

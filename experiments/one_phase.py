@@ -56,7 +56,7 @@ def live_bytes() -> tuple[int, int]:
 
 
 class Meter:
-    """The most bytes at once in device memory and in pinned host memory, as seen whenever a compiled function is called.
+    """The most bytes at once in device memory and in pinned host memory, seen whenever a compiled function is called.
 
     Use as a context manager. There is no looking in between by a thread: that would keep arrays alive.
     """

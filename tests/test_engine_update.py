@@ -107,7 +107,10 @@ def test_small_updates_reach_bf16_weights_only_with_stochastic_rounding():
     for rounding, expected in (("nearest", 1.0), ("stochastic", 1 - 100 * 1e-4)):
         cfg = OptimizerConfig(name="sgd", b1=0.0, weight_decay=0.0, rounding=rounding)
         tree, opt = learning, make_optimizer(cfg).init(learning)
-        move = jax.jit(lambda tree, opt, key, cfg=cfg: apply_update(cfg, 1.0, tree, opt, grads, jnp.float32(1e-4), key))
+        lr = jnp.float32(1e-4)
+        move = jax.jit(
+            lambda tree, opt, key, cfg=cfg: apply_update(cfg, 1.0, tree, opt, grads, lr, key, jnp.bool_(True))
+        )
         for i in range(100):
             tree, opt, finite = move(tree, opt, jax.random.fold_in(jax.random.key(3), i))
             assert finite
@@ -120,8 +123,25 @@ def test_leaves_are_rounded_by_bits_of_their_own():
     learning = {name: {"kernel": jnp.ones((32, 32), jnp.bfloat16)} for name in ("embed", "head")}
     cfg = OptimizerConfig(name="sgd", b1=0.0, weight_decay=0.0, rounding="stochastic")
     opt = make_optimizer(cfg).init(learning)
-    moved, _, _ = apply_update(cfg, 1.0, learning, opt, learning, jnp.float32(1e-3), jax.random.key(0))
+    fine = jnp.bool_(True)
+    moved, _, _ = apply_update(cfg, 1.0, learning, opt, learning, jnp.float32(1e-3), jax.random.key(0), fine)
     assert not same_bits(moved["embed"], moved["head"])
+
+
+@pytest.mark.parametrize("fine", [True, False])
+def test_what_is_not_finite_does_not_reach_the_weights(fine):
+    """Adam without eps divides 0 by 0 where a gradient is 0."""
+    learning = {"head": {"kernel": jnp.ones((2, 3))}}
+    grads = {"head": {"kernel": jnp.array([[1.0, 0.0, -1.0], [0.0, 2.0, 3.0]])}}
+    cfg = OptimizerConfig(eps=0.0, weight_decay=0.0)
+    opt = make_optimizer(cfg).init(learning)
+    new, new_opt, finite = apply_update(cfg, 1.0, learning, opt, grads, jnp.float32(0.1), None, jnp.bool_(fine))
+    assert not finite
+    if fine:
+        still = np.asarray(grads["head"]["kernel"]) == 0
+        assert (np.asarray(new["head"]["kernel"] == 1) == still).all() and not same_bits(new_opt, opt)
+    else:
+        assert same_bits(new, learning) and same_bits(new_opt, opt)
 
 
 def test_stochastic_rounding_goes_on_to_the_same_bits_from_what_is_saved():

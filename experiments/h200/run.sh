@@ -29,7 +29,7 @@ RUNS=${RUNS:-$OUT/runs} PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 # What counts is the peak that the allocator reports, so it may reserve most of the device; the host has to keep room for
 # the page cache of checkpoints beside the pinned memory.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=.85 XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=${XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB:-96}
+export XLA_PYTHON_CLIENT_MEM_FRACTION=.9 XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=${XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB:-96}
 mkdir -p "$OUT" "$RUNS"
 results=$OUT/results.jsonl log=$OUT/log.txt
 if [ ! -e "$results" ]; then
@@ -83,12 +83,12 @@ large=(--set model.d_model=1024 --set model.n_heads=16 --set model.d_ff=4096 --s
 eight=(--set model.n_kv_heads=8 --set model.d_ff=14336 --set model.vocab_size=128256 --set data.seq_len=4096)
 ladder=(--config llama_1b_t4.yaml --set optimizer.name=adamw) pytest=(-m "not slow") test_depths=(--depths 12 48 96)
 curriculum=(--set curriculum.steps="${STEPS:-16}" --set data.batch_size=4) streamed=(--batches 1 2 4 8)
-block_counts=(1 2 4) stack_trunk=9 quick=() platform=gpu
+stacks=8 block_counts=(1 2 4) matrix=(--tokens 16384 --inputs 8192 --outputs 28672) stack_trunk=9 quick=() platform=gpu
 if ((tiny)); then
   smoke=(--smoke) rounds=(--rounds 1 --steps 1) vocabularies=(512) large=() eight=(--set model.vocab_size=1024)
   seventy=llama_70b_h200_dry.yaml seven=llama_7b_24gb_dry.yaml ladder=() pytest=(--collect-only) test_depths=()
   curriculum=(--set model.architecture.n_stacks=8) streamed=() platform=cpu
-  block_counts=(1 2) stack_trunk=3 synthetic+=(--set data.synthetic_tokens=4000)
+  stacks=2 block_counts=(1 2) matrix=(--smoke) stack_trunk=3 synthetic+=(--set data.synthetic_tokens=4000)
   quick=(--data.source synthetic --data.synthetic_tokens 20000 --data.seq_len 16 --data.batch_size 4 --model.d_model 16
     --model.n_heads 2 --model.d_ff 32 --curriculum.steps 3 --run.eval_batches 1 --run.sample_tokens 2)
 fi
@@ -98,7 +98,7 @@ print(json.dumps({"device": d.device_kind, "jax": jax.__version__, "memories": [
 step device 60 "$PYTHON" -c "$device" "$platform"
 
 # One stack of the 70B geometry over a cached prefix: goals < 35 GB and >= 395 TFLOP/s, stretch 570.
-one_phase=("$PYTHON" experiments/one_phase.py "${rounds[@]}" "${synthetic[@]}" --json)
+one_phase=("$PYTHON" experiments/one_phase.py "${rounds[@]}" "${synthetic[@]}" --peak_tflops 989 --json)
 stack=(--config "$seventy" --set curriculum.plan=stackwise --set model.param_dtype=bf16 --set optimizer.rounding=stochastic)
 for blocks in "${block_counts[@]}"; do
   remat=$([ $blocks = 1 ] && echo false || echo true)
@@ -118,13 +118,13 @@ for format in fp8 nf4; do
 done
 
 # The 8B geometry end to end: goal 57.8 % of 989 TFLOP/s resident.
-for where in none all; do
-  step "8b-rackwise-offload-$where" 240 "${one_phase[@]}" --config "$seven" "${eight[@]}" --set memory.offload=$where
-done
+step 8b-rackwise-resident 240 "${one_phase[@]}" --config "$seven" "${eight[@]}" --set memory.offload=none \
+  --set optimizer.name=adamw --set optimizer.rounding=nearest
+step 8b-rackwise-streamed 240 "${one_phase[@]}" --config "$seven" "${eight[@]}"
 
-step streamed 240 "$PYTHON" experiments/bench_streamed.py --config "$seven" --stacks 8 --json "${smoke[@]}" \
+step streamed 240 "$PYTHON" experiments/bench_streamed.py --config "$seven" --stacks $stacks --json "${smoke[@]}" \
   "${streamed[@]}" "${synthetic[@]}"
-step quantized 120 "$PYTHON" experiments/bench_quantized.py --json "${smoke[@]}"
+step quantized 120 "$PYTHON" experiments/bench_quantized.py --json "${matrix[@]}"
 for way in "rackwise resident" "rackwise streamed" "stackwise cached" "stackwise streamed trunk"; do
   step "memory-${way// /-}" 150 "$PYTHON" experiments/bench_memory.py --json "${smoke[@]}" --only "$way" \
     "${test_depths[@]}" "${large[@]}"

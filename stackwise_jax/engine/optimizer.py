@@ -7,6 +7,7 @@ inside the step as a traced scalar, so that phases of unlike length or rate shar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -110,6 +111,7 @@ def _exact(tree: Tree) -> Tree:
 
 
 BLOCK_8BIT = 256  # numbers that share a scale
+CHUNK_8BIT = 2**24  # of larger leaves so many numbers are in float32 at a time
 
 
 class Adam8BitState(NamedTuple):
@@ -132,8 +134,10 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
     def init(params):
         def zeros(path, p):
-            x = jnp.zeros(p.shape, jnp.float32)
-            return *_encode(x, jnp.int8, _rows(path), 0), *_encode(x, jnp.uint8, _rows(path), 0)
+            # What _encode makes of zeros, which the compiler would work out number by number.
+            rows = _rows(path)
+            tops = jnp.zeros((*p.shape[:rows], -(-math.prod(p.shape[rows:]) // BLOCK_8BIT)), jnp.float32)
+            return jnp.zeros(p.shape, jnp.int8), tops, jnp.zeros(p.shape, jnp.uint8), tops
 
         return Adam8BitState(jnp.zeros([], jnp.int32), *_unzip(jax.tree_util.tree_map_with_path(zeros, params), params))
 
@@ -141,18 +145,36 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
         count: Any = optax.safe_increment(state.count)
         unbias, unbias_v = 1 - b1**count, 1 - b2**count
 
-        def moved(path, g, m_codes, m_tops, root_v_codes, root_v_tops):
-            rows = _rows(path)
+        def moved(rows, start, g, m_codes, m_tops, root_v_codes, root_v_tops):
             m = b1 * _decode(m_codes, m_tops, rows) + (1 - b1) * g
             v = b2 * jnp.square(_decode(root_v_codes, root_v_tops, rows)) + (1 - b2) * jnp.square(g)
             direction = (m / unbias) / (jnp.sqrt(v / unbias_v) + eps)
-            return direction, *_encode(m, jnp.int8, rows, count), *_encode(jnp.sqrt(v), jnp.uint8, rows, count)
+            codes = *_encode(m, jnp.int8, rows, count, start), *_encode(jnp.sqrt(v), jnp.uint8, rows, count, start)
+            return direction, *codes
 
-        found = jax.tree_util.tree_map_with_path(moved, updates, *state[1:])
+        one = lambda path, *leaves: _in_chunks(moved, _rows(path), *leaves)
+        found = jax.tree_util.tree_map_with_path(one, updates, *state[1:])
         directions, *moments = _unzip(found, updates)
         return directions, Adam8BitState(count, *moments)
 
     return optax.GradientTransformation(init, update)
+
+
+def _in_chunks(moved: Callable, rows: int, *leaves: jax.Array) -> tuple[jax.Array, ...]:
+    """moved(rows, 0, *leaves); of large leaves a part at a time, so that what it computes in float32 stays small.
+
+    leaves: shaped as the weights, or with one number per block.
+    """
+    shape = leaves[0].shape
+    n_rows, size = math.prod(shape[:rows]), math.prod(shape[rows:])
+    blocks = size // BLOCK_8BIT
+    if n_rows * size <= CHUNK_8BIT or size % BLOCK_8BIT:
+        return moved(rows, 0, *leaves)
+    parts = next(parts for parts in range(-(-size // CHUNK_8BIT), blocks + 1) if blocks % parts == 0)
+    starts = jnp.tile(jnp.arange(parts, dtype=jnp.uint32) * jnp.uint32(size // parts), n_rows)
+    cut = [leaf.reshape(n_rows * parts, -1) for leaf in leaves]
+    made = jax.lax.map(lambda part: moved(0, *part), (starts, *cut))
+    return tuple(x.reshape(leaf.shape) for x, leaf in zip(made, leaves, strict=True))
 
 
 def _rows(path) -> int:
@@ -174,7 +196,9 @@ def _in_blocks(x: jax.Array, rows: int) -> jax.Array:
     return flat.reshape(*x.shape[:rows], -1, BLOCK_8BIT)
 
 
-def _encode(x: jax.Array, dtype: Any, rows: int, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def _encode(
+    x: jax.Array, dtype: Any, rows: int, count: jax.Array | int, start: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
     """(codes in `dtype`, shaped as x; the largest magnitude of each block, float32).
 
     x = top * (code / largest code)^2 with the sign of the code: squares put most codes near zero. Of the two codes that
@@ -189,20 +213,20 @@ def _encode(x: jax.Array, dtype: Any, rows: int, count: jax.Array | int) -> tupl
     largest = jnp.iinfo(dtype).max
     squares = largest**2 * jnp.abs(x) / _spread(jnp.where(tops > 0, tops, 1.0), x.shape, rows)
     below = jnp.floor(jnp.sqrt(squares))
-    above = (squares - below**2) / (2 * below + 1) > _thresholds(x.shape, rows, count)
+    above = (squares - below**2) / (2 * below + 1) > _thresholds(x.shape, rows, count, start)
     codes = jnp.minimum(below + above, largest) * jnp.sign(x)
     if dtype == jnp.uint8:
         codes = jnp.where(x > 0, jnp.maximum(codes, 2.0), 0.0)
     return codes.astype(dtype), tops
 
 
-def _thresholds(shape: tuple[int, ...], rows: int, count: jax.Array | int) -> jax.Array:
+def _thresholds(shape: tuple[int, ...], rows: int, count: jax.Array | int, start: jax.Array | int) -> jax.Array:
     """For each number of a leaf a share from 0 to below 1 that takes all values evenly over steps and over places.
 
     The fractional part of a * place + b * count (the sequence R2 of Roberts 2018), in 32-bit integers that wrap around.
-    Rows have the same, so that it does not matter where a leaf is cut.
+    Rows have the same, so that it does not matter where a leaf is cut. start: the place of the first number.
     """
-    places = jax.lax.iota(jnp.uint32, math.prod(shape[rows:])).reshape(shape[rows:])
+    places = jnp.asarray(start, jnp.uint32) + jax.lax.iota(jnp.uint32, math.prod(shape[rows:])).reshape(shape[rows:])
     turns = places * jnp.uint32(3242174889) + jnp.asarray(count, jnp.uint32) * jnp.uint32(2447445414)
     return jnp.broadcast_to((turns >> 8).astype(jnp.float32) * 2.0**-24, shape)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from stackwise_jax.engine.step import StepData, StepSpec, batch_metrics, batch_sums, consistency_distance, token_loss
-from stackwise_jax.engine.update import apply_update, clip, keep, norm
+from stackwise_jax.engine.update import apply_update, clip, norm
 from stackwise_jax.engine.window import Learns
 from stackwise_jax.memory import Placement
 from stackwise_jax.model import Stack, combine
@@ -242,9 +242,8 @@ def update(
     gradient = _as(learning, gradient)
     own = tally.squares if whole else jnp.square(norm(gradient))
     gradient = clip(spec.optimizer, gradient, jnp.sqrt(own))
-    new, new_opt, finite = apply_update(spec.optimizer, spec.adapter_rate, learning, opt, gradient, lr, key)
-    fine = tally.fine & jnp.isfinite(nll) & jnp.isfinite(own) & finite
-    new, new_opt = keep(fine, (new, new_opt), (learning, opt))
+    fine = tally.fine & jnp.isfinite(nll) & jnp.isfinite(own)
+    new, new_opt, fine = apply_update(spec.optimizer, spec.adapter_rate, learning, opt, gradient, lr, key, fine)
     constrain = lambda tree: jax.lax.with_sharding_constraint(tree, spec.task.placement.params(tree))
     return constrain(new), constrain(new_opt), Tally(own if whole else tally.squares + own, fine)
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from stackwise_jax.config.schema import OptimizerConfig
+from stackwise_jax.engine.optimizer import CHUNK_8BIT
 from stackwise_jax.kernels.attention.api import MAX_REFERENCE_SCORES
 from stackwise_jax.kernels.attention.chunked import MAX_SCORES
 from stackwise_jax.kernels.cross_entropy.chunked import default_chunk
@@ -24,9 +25,10 @@ from stackwise_jax.model import Block, Rack, Stack, combine, dtype_of
 
 Tree = Any
 
-# Copies of what learns, in its dtype, that the update holds beside weights, state and gradient until it is known to be
-# finite; read off compiled steps of which nothing else is large.
-UPDATE_COPIES = {"adamw": 2.25, "lion": 2.25, "sgd": 0.9, "adafactor": 1.4, "muon": 3.3, "adamw8bit": 4.25}
+# Copies of what learns, in its dtype, that the update holds beside weights, state and gradient; read off compiled steps
+# of which nothing else is large. adamw8bit holds more of the part of a leaf that it is at.
+UPDATE_COPIES = {"adamw": 1.5, "lion": 1.3, "sgd": 1.3, "adafactor": 1.3, "muon": 1.9, "adamw8bit": 1.85}
+PART_COPIES = 2.4
 SCORE_COPIES = 3  # of attention's scores in float32 at a time: scores, probabilities, their gradient
 LOGIT_COPIES = 2.5  # of a chunk of logits in float32: logits, their gradient in float32 and in the compute dtype
 
@@ -111,4 +113,5 @@ def head_moment(rack: Rack, rows: int, predicted: int, *, learns: bool, shards: 
 def update_moment(cfg: OptimizerConfig, learning_bytes: int, entries: int) -> int:
     """Bytes of the update's copies: what `UPDATE_COPIES` says, in float32 where it computes so."""
     wide = cfg.rounding == "stochastic" or cfg.name == "adamw8bit"
-    return round(UPDATE_COPIES[cfg.name] * (4 * entries if wide else learning_bytes))
+    part = PART_COPIES * 4 * min(entries, 4 * CHUNK_8BIT) if cfg.name == "adamw8bit" else 0
+    return round(UPDATE_COPIES[cfg.name] * (4 * entries if wide else learning_bytes) + part)

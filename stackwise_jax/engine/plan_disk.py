@@ -25,6 +25,7 @@ class Disk:
         start = [EMBED, HEAD, *map(stack_item, setup.plan.start)]
         self._held = {item: item_bytes(item, master) for item in start}
         self._moments: dict[str, int] = {}
+        self._depths: list[int] = []  # bytes that only a depth as it ended needs, newest last
 
     def during(self, index: int) -> dict[str, Part]:
         """The most that lies on disk while a phase runs and is saved."""
@@ -46,7 +47,18 @@ class Disk:
             self._state_bytes(i, index) for i in learning if self._goes_on(i, index)
         )
         self._settle(index, learning)
-        return {"weights": Part(weights + still, "shapes"), "optimizer": Part(state + moments, "shapes")}
+        keep = run.keep_depths
+        depths = sum(self._depths if keep is None else self._depths[-keep:])
+        self._depths.append(self._superseded(index, learning))
+        return {"weights": Part(weights + still + depths, "shapes"), "optimizer": Part(state + moments, "shapes")}
+
+    def _superseded(self, index: int, learning: list[str]) -> int:
+        """Bytes of what the phase leaves and a later one with another path trains on, as a head learns at every
+        depth: the version of this depth stays."""
+        path = self._phases[index].path
+        later = next((p for p in self._phases[index + 1 :] if p.path != path), None)
+        again = set() if later is None else set(learning_items(later))
+        return sum(self._item_bytes(item, self._master) for item in learning if item in again)
 
     def _settle(self, index: int, learning: list[str]) -> None:
         """What stays when the phase has ended."""

@@ -28,6 +28,7 @@ from stackwise_jax.engine.programs import StepPrograms, bare, compiled_bytes
 from stackwise_jax.engine.resident import step_spec
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.step import StepSpec
+from stackwise_jax.engine.streamed_bytes import piece_bytes
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, item_format, stack_item
 from stackwise_jax.engine.window import Window
 from stackwise_jax.memory.budget import Part, Source
@@ -179,8 +180,14 @@ class EndBytes:
     entries: int
 
 
-def streamed_parts(setup: Setup, weights: Weights, phase: Phase, memory: MemoryConfig) -> tuple[Parts, Parts]:
-    """(parts on the device at the moment that needs most, parts where learning state rests off the device)."""
+def streamed_parts(
+    setup: Setup, weights: Weights, phase: Phase, memory: MemoryConfig, programs: StepPrograms | None
+) -> tuple[Parts, Parts]:
+    """(parts on the device at the moment that needs most, parts where learning state rests off the device).
+
+    Args:
+        programs: compiles the pieces of the step, whose temporaries are read off; None: formulas.
+    """
     sizes, home, opt_home = Sizes.of(setup, phase), *homes(memory)
     stacks, ends = _stacks(setup, weights, phase, sizes), _ends(setup, weights, phase)
     cfg = phase.optimizer
@@ -213,39 +220,51 @@ def streamed_parts(setup: Setup, weights: Weights, phase: Phase, memory: MemoryC
     resting = added(resting, {"weights": exact(sum(e.weights for e in used.values() if not e.learns))})
     if phase.train_embed and home != "device":
         resting = added(resting, {"learning weights": exact(ends[EMBED].weights)})
+    found = {} if programs is None else piece_bytes(setup, weights, phase, programs)
+    temporaries = {name: entry["temporaries"] for name, entry in found.items()}
     moments = [
-        *_head_moments(setup, phase, sizes, ends, home, opt_home),
-        *(moment for s in stacks for moment in _stack_moments(s, cfg, sizes, arrived)),
+        *_head_moments(setup, phase, sizes, ends, home, opt_home, temporaries),
+        *(moment for s in stacks for moment in _stack_moments(s, cfg, sizes, arrived, temporaries)),
     ]
     if phase.train_embed:
-        moments.append(_update_parts(ends[EMBED], phase, sizes, opt_home))
+        moments.append(_update_parts(ends[EMBED], phase, sizes, opt_home, temporaries))
     return added(resting, largest(moments)), away
 
 
-def _head_moments(setup: Setup, phase: Phase, sizes: Sizes, ends: dict, home: str, opt_home: str) -> list[Parts]:
+def _read_off(temporaries: dict[str, int], piece: str, formula: int) -> Part:
+    """The temporaries of a piece where it was compiled, else what the formula says."""
+    return Part(temporaries[piece], "compiled") if piece in temporaries else estimated(formula)
+
+
+def _head_moments(
+    setup: Setup, phase: Phase, sizes: Sizes, ends: dict, home: str, opt_home: str, temporaries: dict[str, int]
+) -> list[Parts]:
     """The loss, then the update of the head."""
     head = ends[HEAD]
     learns = head.learns or (phase.train_embed and setup.rack.tie_embeddings)
     loss = head_moment(setup.rack, sizes.rows, sizes.predicted, learns=learns, shards=sizes.shards)
     there: Parts = {"learning weights": exact(head.weights if head.learns and home != "device" else 0)}
     gradient = head.weights if head.learns else 0
-    moments = [there | {"gradients": exact(gradient), "head loss": estimated(loss)}]
+    loss_part = _read_off(temporaries, "head_gradient", loss)
+    moments = [there | {"gradients": exact(gradient), "head loss": loss_part}]
     if head.learns:
-        moments.append(added(there, _update_parts(head, phase, sizes, opt_home)))
+        moments.append(added(there, _update_parts(head, phase, sizes, opt_home, temporaries)))
     return moments
 
 
-def _update_parts(end: EndBytes, phase: Phase, sizes: Sizes, opt_home: str) -> Parts:
+def _update_parts(end: EndBytes, phase: Phase, sizes: Sizes, opt_home: str, temporaries: dict[str, int]) -> Parts:
     """Gradient, state and copies while an end is updated."""
     gradient = end.weights + (4 * end.entries if sizes.accumulates else 0)
     return {
         "gradients": exact(gradient),
         "optimizer": exact(end.opt if opt_home != "device" else 0),
-        "update": estimated(update_moment(phase.optimizer, end.weights, end.entries)),
+        "update": _read_off(temporaries, "update", update_moment(phase.optimizer, end.weights, end.entries)),
     }
 
 
-def _stack_moments(stack: StackBytes, cfg: OptimizerConfig, sizes: Sizes, arrived: int) -> list[Parts]:
+def _stack_moments(
+    stack: StackBytes, cfg: OptimizerConfig, sizes: Sizes, arrived: int, temporaries: dict[str, int]
+) -> list[Parts]:
     """Backward through a stack, then its update; the device computes one after the other.
 
     arrived: bytes of optimizer state that is there for both.
@@ -255,7 +274,9 @@ def _stack_moments(stack: StackBytes, cfg: OptimizerConfig, sizes: Sizes, arrive
         "optimizer": exact(arrived),
     }
     update = update_moment(cfg, stack.learning, stack.entries) if stack.entries else 0
-    return [there | {"activations": estimated(stack.kept + stack.moment)}, there | {"update": estimated(update)}]
+    activations = _read_off(temporaries, "backward", stack.kept + stack.moment)
+    moments = [there | {"activations": activations}]
+    return [*moments, there | {"update": _read_off(temporaries, "update", update)}] if stack.entries else moments
 
 
 def _stacks(setup: Setup, weights: Weights, phase: Phase, sizes: Sizes) -> list[StackBytes]:

@@ -124,7 +124,7 @@ def plan_run(setup: Setup, machine: Machine, *, compiled: bool = False) -> RunPl
     """The plan of a run.
 
     Args:
-        compiled: compile resident steps for the device at hand and read their temporaries off; else by formula.
+        compiled: compile the steps for the device at hand and read their temporaries off; else by formula.
 
     Raises:
         UsageError: a cache that is asked for does not fit into its budgets.
@@ -238,7 +238,7 @@ class _Planner:
         key = (kinds, formats, learns, adapters, ends, task)
         if key not in self._steps:
             if streamed:
-                self._steps[key] = streamed_parts(self._setup, self._weights, phase, self._memory)
+                self._steps[key] = streamed_parts(self._setup, self._weights, phase, self._memory, self._programs)
             else:
                 self._steps[key] = resident_parts(self._setup, self._weights, phase, self._programs), {}
         return self._steps[key]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.curriculum.phase import AttentionMode, Consistency, Noise, Objective
-from stackwise_jax.engine.update import apply_update, clip, keep, norm, stack_norms
+from stackwise_jax.engine.update import apply_update, clip, norm, stack_norms
 from stackwise_jax.engine.window import Learns
 from stackwise_jax.kernels.cross_entropy import gather_targets, linear_cross_entropy
 from stackwise_jax.memory import Placement
@@ -214,8 +214,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of what learns.
 
-    A non-finite loss, gradient or update skips the update: parameters and optimizer state stay as they were, and the
-    step counts as bad.
+    A loss or gradient that is not finite skips the update: parameters and optimizer state stay as they were. A weight
+    whose update is not finite stays as it was. In both cases the step counts as bad.
 
     Args:
         frozen: {"embed"?, "stacks": one tree per group (for a learning group its fixed part), "head"?}.
@@ -236,11 +236,10 @@ def train_step(
     grad_norm = norm(grads)
     grads = clip(cfg, grads, grad_norm if spec.stack_sizes is None else stack_norms(grads, spec.stack_sizes))
     rounding_key = jax.random.fold_in(constants["rounding_key"], state.step) if cfg.rounding == "stochastic" else None
+    fine = jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm)
     learning, opt, finite = apply_update(
-        cfg, spec.adapter_rate, state.learning, state.opt, grads, data.lr, rounding_key
+        cfg, spec.adapter_rate, state.learning, state.opt, grads, data.lr, rounding_key, fine
     )
-    finite &= jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm)
-    learning, opt = keep(finite, (learning, opt), (state.learning, state.opt))
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     new_state = TrainState(state.step + 1, bad_steps, learning, opt)
     metrics = batch_metrics(batch_sums(batch, sums["nll"], sums["correct"], constants["token_bytes_V"]))

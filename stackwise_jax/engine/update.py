@@ -7,6 +7,7 @@ Legend: L blocks of a stacked tree.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -82,35 +83,42 @@ def apply_update(
     grads: Tree,
     lr: jax.Array,
     rounding_key: jax.Array | None,
+    fine: jax.Array,
 ) -> tuple[Tree, Tree, jax.Array]:
     """One update by gradients that are clipped already.
+
+    A finite gradient can still give numbers that are not (where a second moment underflows, say): those weights stay as
+    they are. Whether there are such is not waited for, since then all that is new would be kept beside all that is old.
 
     Args:
         adapter_rate: the learning rate of adapters as a multiple of `lr`.
         learning: {"embed"?, "stacks"?: one tree per group, "head"?}; opt and grads belong to it.
         lr: float32, the rate of this step.
         rounding_key: of this step and these trees, under cfg.rounding stochastic; else it is not looked at.
+        fine: whether loss and gradient are finite; if not, everything stays as it is.
 
     Returns:
-        (learning, opt, finite). finite: whether the update is finite, which a finite gradient does not promise (a
-        second moment may underflow). Where it is not, the caller keeps what was (`keep`).
+        (learning, opt, whether loss, gradient and update are finite).
     """
-    updates, opt = make_optimizer(cfg).update(grads, opt, learning)
-    finite = jnp.isfinite(norm(updates))
+    updates, new_opt = make_optimizer(cfg).update(grads, opt, learning)
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(u).all() for u in jax.tree.leaves(updates)], fine)
     rates = learning_rate_factors(updates, adapter_rate)
-    if cfg.rounding == "nearest":
-        learning = jax.tree.map(lambda p, u, r: p + (lr * r * u).astype(p.dtype), learning, updates, rates)
-        return learning, opt, finite
-    assert rounding_key is not None, "stochastic rounding takes a key"
+
+    def moved(p: jax.Array, u: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+        if key is None:
+            new = p + (lr * rate * u).astype(p.dtype)
+        else:
+            new = round_stochastically(p.astype(jnp.float32) + lr * rate * u, p.dtype, key)
+        return jnp.where(fine & jnp.isfinite(u), new, p)
+
     leaves, structure = jax.tree.flatten(learning)
-    keys = structure.unflatten(list(jax.random.split(rounding_key, max(len(leaves), 1)))[: len(leaves)])
-    moved = lambda p, u, r, key: round_stochastically(p.astype(jnp.float32) + lr * r * u, p.dtype, key)
-    return jax.tree.map(moved, learning, updates, rates, keys), opt, finite
-
-
-def keep(finite: jax.Array, new: Tree, old: Tree) -> Tree:
-    """`new` where the step was finite, else `old`."""
-    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    keys: list[Any] = [None] * len(leaves)
+    if cfg.rounding == "stochastic":
+        assert rounding_key is not None, "stochastic rounding takes a key"
+        keys = list(jax.random.split(rounding_key, max(len(leaves), 1)))[: len(leaves)]
+    rest = structure.flatten_up_to(updates), structure.flatten_up_to(rates), keys
+    learning = structure.unflatten(list(map(moved, leaves, *rest)))
+    return learning, jax.tree.map(lambda n, o: jnp.where(fine, n, o), new_opt, opt), finite
 
 
 def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
