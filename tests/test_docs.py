@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "stackwise_jax"
 README, CONFIGURATION = ROOT / "README.md", ROOT / "docs" / "configuration.md"
 PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
-COMMANDS = ("train", "evaluate", "generate", "inspect", "convert")
+COMMANDS = ("train", "evaluate", "generate", "inspect", "convert", "plan")
 RUN_ENTRIES = {
     "rack.json",
     *(directory.CONFIG, directory.PHASES, directory.METRICS, directory.SUMMARY, directory.TOKENIZER),

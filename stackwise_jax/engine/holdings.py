@@ -46,6 +46,8 @@ class Holdings:
         fresh: Callable[[Part, Tree], Tree],
     ):
         self._placement, self._scratch = placement, scratch
+        self._home: Place
+        self._opt_home: Place
         self._home, self._opt_home = homes(cfg)
         self._departures = ThreadPoolExecutor(1, thread_name_prefix="leaving")
         self._leaving: Future | None = None
