@@ -54,8 +54,10 @@ def measure_ways(names: Sequence[str], depths: Sequence[int], args: argparse.Nam
     rows = []
     for name in names:
         for blocks in depths:
-            options = {"rounds": 1, "steps": args.steps * max(depths) // blocks}
-            found = in_fresh_process(args.config, SIZES | WAYS[name] | depth_of(blocks), args, predict=True, **options)
+            options: dict[str, Any] = {"rounds": 1, "steps": args.steps * max(depths) // blocks}
+            if not args.smoke or blocks == max(depths):
+                options["predict"] = True
+            found = in_fresh_process(args.config, SIZES | WAYS[name] | depth_of(blocks), args, **options)
             rows.append({"way": name} | found | {"blocks": blocks})
     return rows
 

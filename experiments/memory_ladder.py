@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=3, help="steps each time")
     args = parser.parse_args(argv)
     rounds, steps = (1, 1) if args.smoke else (args.rounds, args.steps)
-    changes: dict[str, Any] = SIZES if args.config == CONFIG else {}
+    changes: dict[str, Any] = {} if args.smoke or args.config != CONFIG else SIZES
     rows: list[dict[str, Any]] = []
     for number, (name, lever) in enumerate(LEVERS):
         changes = changes | lever

@@ -24,13 +24,14 @@ from stackwise_jax.memory.devices import machine_of
 
 STACKWISE = {"curriculum.plan": "stackwise", "curriculum.frozen": "nf4", "memory.finished": "frozen"}
 STREAMED = STACKWISE | {"cache.kind": "recompute"}
+CACHE = {"cache.host_budget": "32GiB", "curriculum.steps": 256}
 WAYS: dict[str, dict[str, Any]] = {
     "end to end, resident": {"memory.offload": "none"},
     "end to end, offload trunk+optimizer": {"memory.offload": "trunk+optimizer"},
     "end to end, offload all": {"memory.offload": "all"},
     "end to end, offload all, to disk": {"memory.offload": "all", "memory.offload_to": "disk"},
     "one stack, nf4 trunk on the device": STREAMED | {"memory.offload": "none"},
-    "one stack, cached": STACKWISE | {"memory.offload": "none", "cache.kind": "host", "curriculum.steps": 256},
+    "one stack, cached": STACKWISE | {"memory.offload": "none", "cache.kind": "host"} | CACHE,
     "one stack, offload trunk": STREAMED | {"memory.offload": "trunk"},
     "one stack, offload trunk+optimizer": STREAMED | {"memory.offload": "trunk+optimizer"},
     "one stack, offload all": STREAMED | {"memory.offload": "all"},
@@ -88,7 +89,8 @@ def draw(path: Path, rows: dict[str, dict[str, dict[str, int]]], title: str) -> 
                 axis.barh(names, sizes, left=[left[name] for name in names], color=color, label=part)
                 left = {name: left[name] + size for name, size in zip(names, sizes, strict=True)}
             for name in names:
-                axis.text(left[name], name, f" {left[name]:.1f}", va="center", fontsize=8)
+                total = sum(rows[name][place].values()) / 1e9
+                axis.text(left[name], name, f" {total:.1f}", va="center", fontsize=8)
             axis.set_xlim(0, 1.15 * max(left.values()))
             axis.set(title=place, xlabel="GB")
             axis.spines[["top", "right"]].set_visible(False)

@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 from tiny import leaves, losses, metrics, saved, tiny, train
 
-from stackwise_jax.engine import Run, prepare
+from stackwise_jax.engine import Interrupted, Run, prepare
+from stackwise_jax.engine.events import NullReporter, StopFlag
 from stackwise_jax.engine.pieces import close_step
 from stackwise_jax.engine.planner import plan_run
 from stackwise_jax.engine.programs import StepPrograms, compiled_bytes
+from stackwise_jax.engine.resident import join_states
+from stackwise_jax.engine.streamed import Streamed
 from stackwise_jax.engine.streamed_bytes import piece_bytes
 from stackwise_jax.engine.weights import Weights
+from stackwise_jax.memory import Conveyor
 from stackwise_jax.memory.devices import machine_of
+from stackwise_jax.memory.offload import is_mapped
 
 MACHINE = machine_of("1TB", "1TB", "1TB", Path())
 DEPTH_TIME = ["objective.kind=diffusion", "objective.time=depth", "curriculum.plan=prepend"]
@@ -94,10 +99,24 @@ class Watch:
             return made
 
         monkeypatch.setattr(StepPrograms, "call", watched)
+        begin = Conveyor._begin
+
+        def arrived(belt) -> None:  # the worst moment: what is on its way is there
+            begin(belt)
+            if belt._coming is not None:
+                belt._coming.result()
+
+        monkeypatch.setattr(Conveyor, "_begin", arrived)
         self.other = alive()
 
 
-def test_neither_device_bytes_nor_programs_grow_with_depth(tmp_path, monkeypatch):
+FROZEN_SUFFIX = "curriculum.phases=[{train: [0]}]"
+
+
+@pytest.mark.parametrize(
+    "how", [["optimizer.clip=stack"], ["optimizer.clip=global"], ["curriculum.plan=custom", FROZEN_SUFFIX]]
+)
+def test_neither_device_bytes_nor_programs_grow_with_depth(how, tmp_path, monkeypatch):
     found = {}
     for n in (3, 9):
         with monkeypatch.context() as patch:
@@ -108,30 +127,65 @@ def test_neither_device_bytes_nor_programs_grow_with_depth(tmp_path, monkeypatch
                 "model.d_ff=256",
                 "curriculum.plan=rackwise",
             ]
-            changes += ["memory.offload=all", "memory.stack_inputs=host", "optimizer.clip=stack", "curriculum.steps=2"]
-            run = train(tiny(*changes), tmp_path / f"run{n}")
+            changes += ["memory.offload=all", "memory.stack_inputs=host", "curriculum.steps=2"]
+            run = train(tiny(*changes, *how), tmp_path / f"run{n}")
             (planned,) = plan_run(run.setup, MACHINE, compiled=True).phases
             found[n] = (watch.most, run.programs.compilations, planned.step_bytes)
     assert found[3][1] == found[9][1]
     assert found[9][0] < found[3][0] * 1.02 and found[9][2] < found[3][2] * 1.02
     for measured, _, predicted in found.values():
-        assert abs(predicted / measured - 1) < 0.1
+        # The watch waits for each piece, so it does not see the stack that arrives beside a running one.
+        assert 0.98 < predicted / measured < 1.25
     stack = run.setup.rack.stacks[0].parameter_count() * 4
     assert found[9][0] < 18 * stack  # the learning state of nine stacks, without activations, would be 36 of them
 
 
 @pytest.mark.parametrize("clip", ["global", "stack"])
-def test_what_is_not_finite_changes_nothing_and_is_counted(clip, tmp_path):
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(clip, tmp_path):
     changes = ["curriculum.plan=rackwise", "memory.offload=all", f"optimizer.clip={clip}", "optimizer.lr=1e30"]
-    run = Run(
-        prepare(
-            tiny(*changes, "curriculum.steps=6", "optimizer.schedule=constant", "optimizer.name=sgd"), tmp_path / "run"
-        )
-    )
-    run.train()
-    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
-    assert rows[-1]["skipped"] >= 3
-    assert all(np.isfinite(x).all() for x in leaves(saved(tmp_path / "run")).values())
+    changes += ["optimizer.schedule=constant", "optimizer.warmup=0", "optimizer.name=sgd", "optimizer.weight_decay=0"]
+    skipped = {}
+    for steps in (3, 6):
+        train(tiny(*changes, f"curriculum.steps={steps}"), tmp_path / f"{steps}")
+        skipped[steps] = [row["skipped"] for row in metrics(tmp_path / f"{steps}") if "loss" in row]
+    assert skipped[6][2:] == [*range(skipped[3][2], skipped[3][2] + 4)] and skipped[3][2] > 0
+    after = [leaves(saved(tmp_path / f"{steps}")) for steps in (3, 6)]
+    assert after[0].keys() == after[1].keys()
+    assert all(x.tobytes() == after[1][name].tobytes() and np.isfinite(x).all() for name, x in after[0].items())
+
+
+def test_what_rests_on_disk_is_mapped_also_after_a_resume(tmp_path):
+    changes = ["curriculum.plan=rackwise", "memory.offload=all", "memory.offload_to=disk", "curriculum.steps=4"]
+    config = tiny(*changes, "curriculum.plan=custom", FROZEN_SUFFIX, "run.save_every=2")
+    stop, seen = StopFlag(), []
+
+    class Stopper(NullReporter):
+        def step(self, row):
+            if row["step"] == 1:
+                stop.set()
+
+    def look(executor):
+        trees = [*executor.held.learning.values(), *executor.held.opt.values(), *executor._frozen]
+        seen.append([is_mapped(leaf) for leaf in jax.tree.leaves(trees)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = Streamed.step
+        patch.setattr(Streamed, "step", lambda self, data: look(self) or real(self, data))
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "run", reporter=Stopper(), stop=stop)
+        train(config, tmp_path / "run")
+    assert len(seen) == 4 and all(map(all, seen))
+
+
+@pytest.mark.parametrize("plan", ["grow", "cycle"])
+def test_optimizer_state_goes_over_a_border_one_part_at_a_time(plan, tmp_path):
+    changes = [f"curriculum.plan={plan}", "model.architecture.n_stacks=3", "curriculum.optimizer_state=keep"]
+    changes += ["curriculum.steps=2", "curriculum.rounds=2"] if plan == "cycle" else ["curriculum.steps=2"]
+    compiled = join_states._cache_size()
+    train(tiny(*changes, "memory.offload=all"), tmp_path / "streamed")
+    assert join_states._cache_size() - compiled <= 7  # stack, embedding and head; each alone and with the counts
+    train(tiny(*changes), tmp_path / "resident")
+    assert np.allclose(losses(tmp_path / "resident"), losses(tmp_path / "streamed"), rtol=2e-5)
 
 
 def test_the_pieces_that_are_planned_are_those_that_run(tmp_path):

@@ -109,7 +109,7 @@ def test_small_updates_reach_bf16_weights_only_with_stochastic_rounding():
         tree, opt = learning, make_optimizer(cfg).init(learning)
         lr = jnp.float32(1e-4)
         move = jax.jit(
-            lambda tree, opt, key, cfg=cfg: apply_update(cfg, 1.0, tree, opt, grads, lr, key, jnp.bool_(True))
+            lambda tree, opt, key, cfg=cfg, lr=lr: apply_update(cfg, 1.0, tree, opt, grads, lr, key, jnp.bool_(True))
         )
         for i in range(100):
             tree, opt, finite = move(tree, opt, jax.random.fold_in(jax.random.key(3), i))

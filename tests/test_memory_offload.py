@@ -17,6 +17,7 @@ import pytest
 from stackwise_jax.config.schema import MeshConfig
 from stackwise_jax.errors import RunError
 from stackwise_jax.memory import Conveyor, Placement, Scratch, make_mesh, rest
+from stackwise_jax.memory.offload import is_mapped
 
 PLACES = ("device", "host", "disk")
 
@@ -43,6 +44,13 @@ def same(a, b) -> bool:
         x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
+
+
+def test_numpy_arrays_in_memory_do_not_rest_on_disk_yet(placement, tmp_path):
+    plain = {"a": np.arange(5.0)}
+    resting = rest(placement, plain, "disk", Scratch(tmp_path))
+    assert is_mapped(resting["a"]) and not is_mapped(plain["a"]) and same(resting, plain)
+    assert rest(placement, resting, "disk", Scratch(tmp_path)) is resting
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -94,6 +102,14 @@ def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatc
 def test_the_conveyor_holds_one_more_than_is_in_use():
     begun, used, limit = [], [], threading.Lock()
 
+    class Result:
+        waited = False
+
+        def block_until_ready(self):
+            self.waited = True
+
+    results = [Result() for _ in range(5)]
+
     def load(i: int) -> int:
         with limit:
             begun.append(i)
@@ -103,7 +119,8 @@ def test_the_conveyor_holds_one_more_than_is_in_use():
     belt = Conveyor(load, range(5), ThreadPoolExecutor(1))
     for i in range(5):
         assert belt.take() == 10 * i
-        belt.advance()
+        belt.advance(results[i - 1] if i else None)
+        assert not i or results[i - 1].waited
         used.append(i)
     assert begun == [0, 1, 2, 3, 4]
 

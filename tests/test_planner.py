@@ -13,7 +13,10 @@ from stackwise_jax.config.checks import DEVICE_NAMES
 from stackwise_jax.engine import planner, prepare
 from stackwise_jax.engine.plan_changes import advise, changed, too_large, what_helps
 from stackwise_jax.engine.planner import plan_run
+from stackwise_jax.engine.programs import StepPrograms
 from stackwise_jax.engine.sketch import sketch
+from stackwise_jax.engine.streamed_bytes import piece_bytes
+from stackwise_jax.engine.weights import Weights
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory.budget import Demand, Part, shortfalls
 from stackwise_jax.memory.devices import DEVICES, Device, Machine, machine_of
@@ -78,8 +81,10 @@ def test_the_formulas_know_what_the_streamed_executor_holds(blocks, tmp_path):
     changes = "curriculum.plan=rackwise", "memory.offload=all", f"model.architecture.blocks_per_stack={blocks}"
     config = tiny(*SHAPE, *changes, "data.batch_size=8", "optimizer.clip=stack", "curriculum.steps=1")
     plan = plan_run(prepare(config, tmp_path), BIG)
-    entry = train(config, tmp_path).programs.bytes["backward"]
     (phase,) = plan.phases
+    setup = prepare(config, tmp_path)
+    weights = Weights(setup.rack, setup.placement, None, jax.eval_shape(lambda: jax.random.key(0)))
+    entry = piece_bytes(setup, weights, phase.phase, StepPrograms(setup.placement))["backward"]
     assert phase.demand.device["activations"].bytes == pytest.approx(entry["temporaries"], rel=0.25)
     assert phase.step_bytes > 0.9 * entry["total"]
 

@@ -73,6 +73,8 @@ def open_phase(
     for item in map(adapter_item, missing):
         if item not in weights.versions:
             _grow(weights, recorder, phase, item)
+    for item in weights.trees.keys() - set(path_items(phase)):
+        weights.drop(item)
     for item in path_items(phase):
         place = place_of(memory, phase, item, cached=cached, tied=weights.rack.tie_embeddings)
         weights.ensure(item, item_format(phase, item, weights.master), place)
@@ -147,7 +149,7 @@ def hand_over(executor: Executor, recorder: Recorder, phase: Phase) -> None:
     kept = [item for item in learning_items(phase) if item in recorder.moments and _keeps(phase, item)]
     about = {"optimizer": phase.optimizer.name}
     if kept:
-        executor.carry({item: recorder.load_moments(item, executor.carried(item), about) for item in kept})
+        executor.carry((item, recorder.load_moments(item, executor.carried(item), about)) for item in kept)
 
 
 def keep_moments(executor: Executor, recorder: Recorder, phases: Sequence[Phase], index: int, meta: dict) -> None:

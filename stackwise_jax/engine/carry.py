@@ -31,6 +31,14 @@ def item_state(opt: Tree, layout: Layout, item: str) -> State:
     return state
 
 
+def shared_state(opt: Tree, layout: Layout) -> State:
+    """What of the optimizer state belongs to all items."""
+    state: State = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(opt)[0]:
+        state |= {name: leaf for owner, name, _, _ in _owners(path, leaf, layout) if owner == SHARED}
+    return state
+
+
 def join_state(opt: Tree, layout: Layout, items: Mapping[str, State]) -> Tree:
     """`opt` with the state of these items put in; what no item has, or has in another shape, stays as it is."""
 

@@ -13,6 +13,7 @@ import jax
 
 from stackwise_jax.config.schema import MemoryConfig
 from stackwise_jax.memory import Place, Placement, Scratch, rest
+from stackwise_jax.memory.offload import guarded
 
 Tree = Any
 Part = int | str  # a stack, by its place in the window; EMBED; HEAD
@@ -54,6 +55,7 @@ class Holdings:
         self.learning = {part: self._rest(tree, self._home) for part, tree in learning.items()}
         self.opt: dict[Part, Tree] = {}
         self.waiting: dict[Part, Tree] = {}
+        self._space: dict[Part, Tree] = {}  # on disk, where gradients wait
         for part in self.learning:  # one after the other, so that one part's state is on the device
             self.keep_opt(part, jax.block_until_ready(fresh(part, self.fetch(self.learning[part]))))
 
@@ -78,7 +80,9 @@ class Holdings:
         """Let a gradient that is being computed wait where the optimizer state rests."""
 
         def arrive() -> None:
-            self.waiting[part] = self._rest(gradient, self._opt_home)
+            self.waiting[part] = self._rest(gradient, self._opt_home, self._space.get(part))
+            if self._opt_home == "disk":
+                self._space[part] = self.waiting[part]
 
         self._leave(arrive, (self.waiting,), part)
 
@@ -92,13 +96,6 @@ class Holdings:
         if leaving is not None:
             leaving.result()
 
-    @property
-    def device_bytes(self) -> int:
-        """Bytes that rest in device memory."""
-        resting = [*self.learning.values()] if self._home == "device" else []
-        resting += [*self.opt.values()] if self._opt_home == "device" else []
-        return sum(x.nbytes for x in jax.tree.leaves(resting))
-
     def _leave(self, arrive: Callable[[], None], kept: tuple[dict, ...], part: Part) -> None:
         if self._home == self._opt_home == "device":
             return arrive()
@@ -109,7 +106,7 @@ class Holdings:
             arrive()
             jax.block_until_ready([tree[part] for tree in kept])
 
-        self._leaving = self._departures.submit(leave)
+        self._leaving = self._departures.submit(guarded, leave)
 
     def _rest(self, tree: Tree, place: Place, into: Tree | None = None) -> Tree:
         return rest(self._placement, tree, place, self._scratch, into)

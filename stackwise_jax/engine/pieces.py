@@ -28,7 +28,8 @@ class Tally(NamedTuple):
     """What is found out about the gradient on the way."""
 
     squares: jax.Array  # the sum of the squares of what was seen of it
-    fine: jax.Array  # whether everything was finite
+    fine: jax.Array  # whether loss and gradient were finite up to here; if not, nothing changes from here on
+    finite: jax.Array  # whether the updates were too
 
 
 class Opened(NamedTuple):
@@ -87,7 +88,7 @@ def open_step(spec: StepSpec, embed: Tree, data: StepData, constants: Tree, step
         pull=jnp.asarray(pull, jnp.float32),
         sums=batch_sums(batch, jnp.float32(0), jnp.float32(0), constants["token_bytes_V"])
         | {"real": (batch.segment_ids_BT != 0).sum()},
-        tally=Tally(jnp.float32(0), jnp.bool_(True)),
+        tally=Tally(jnp.float32(0), jnp.bool_(True), jnp.bool_(True)),
     )
 
 
@@ -230,7 +231,7 @@ def update(
     nll: jax.Array,
     tally: Tally,
 ) -> tuple[Tree, Tree, Tally]:
-    """One part of what learns: (learning, opt, tally). Nothing changes from the first that is not finite on.
+    """One part of what learns: (learning, opt, tally).
 
     Args:
         whole: the tally knows the whole gradient, which is clipped as one; else this part is clipped by itself.
@@ -243,9 +244,9 @@ def update(
     own = tally.squares if whole else jnp.square(norm(gradient))
     gradient = clip(spec.optimizer, gradient, jnp.sqrt(own))
     fine = tally.fine & jnp.isfinite(nll) & jnp.isfinite(own)
-    new, new_opt, fine = apply_update(spec.optimizer, spec.adapter_rate, learning, opt, gradient, lr, key, fine)
+    new, new_opt, finite = apply_update(spec.optimizer, spec.adapter_rate, learning, opt, gradient, lr, key, fine)
     constrain = lambda tree: jax.lax.with_sharding_constraint(tree, spec.task.placement.params(tree))
-    return constrain(new), constrain(new_opt), Tally(own if whole else tally.squares + own, fine)
+    return constrain(new), constrain(new_opt), Tally(own if whole else tally.squares + own, fine, tally.finite & finite)
 
 
 def close_step(
@@ -258,7 +259,7 @@ def close_step(
     bad_steps: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
     """((step, bad_steps), metrics) after the step; the metrics are those of `step.train_step`."""
-    finite = tally.fine & jnp.isfinite(nll) & jnp.isfinite(tally.squares)
+    finite = tally.finite & jnp.isfinite(nll) & jnp.isfinite(tally.squares)
     bad_steps = jnp.where(finite, 0, bad_steps + 1)
     metrics = batch_metrics(sums | {"nll": nll, "correct": correct})
     if distance is not None:

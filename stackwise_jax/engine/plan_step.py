@@ -205,12 +205,8 @@ def streamed_parts(
     kept_inputs = hidden * (3 if memory.stack_inputs == "host" else len(stacks) + 3)
     if memory.stack_inputs == "host":
         away["activations"] = exact(hidden * len(stacks))
-    at_once = min(2, len(stacks))  # the stack in use, and the next
-    most = lambda name: at_once * max((getattr(s, name) for s in stacks), default=0)
-    arrived = 0 if opt_home == "device" else most("opt")
     resting = {
-        "weights": exact(most("frozen")),
-        "learning weights": exact(learning if home == "device" else most("learning")),
+        "learning weights": exact(learning if home == "device" else 0),
         "optimizer": exact(opt if opt_home == "device" else 0),
         "gradients": exact(learning if waits and opt_home == "device" else 0),
         "activations": exact(kept_inputs),
@@ -222,9 +218,11 @@ def streamed_parts(
         resting = added(resting, {"learning weights": exact(ends[EMBED].weights)})
     found = {} if programs is None else piece_bytes(setup, weights, phase, programs)
     temporaries = {name: entry["temporaries"] for name, entry in found.items()}
+    # While the head is at work the last stack is still there and the one below it has arrived.
+    last = _pair_parts(*_neighbours(stacks)[-1], home, "device") if stacks else {}
     moments = [
-        *_head_moments(setup, phase, sizes, ends, home, opt_home, temporaries),
-        *(moment for s in stacks for moment in _stack_moments(s, cfg, sizes, arrived, temporaries)),
+        *(added(last, m) for m in _head_moments(setup, phase, sizes, ends, home, opt_home, temporaries)),
+        *(m for pair in _neighbours(stacks) for m in _stack_moments(*pair, cfg, sizes, home, opt_home, temporaries)),
     ]
     if phase.train_embed:
         moments.append(_update_parts(ends[EMBED], phase, sizes, opt_home, temporaries))
@@ -262,17 +260,33 @@ def _update_parts(end: EndBytes, phase: Phase, sizes: Sizes, opt_home: str, temp
     }
 
 
-def _stack_moments(
-    stack: StackBytes, cfg: OptimizerConfig, sizes: Sizes, arrived: int, temporaries: dict[str, int]
-) -> list[Parts]:
-    """Backward through a stack, then its update; the device computes one after the other.
+def _neighbours(stacks: list[StackBytes]) -> list[tuple[StackBytes, StackBytes | None]]:
+    """Each stack, with the one that arrives while it goes backward."""
+    return list(zip(stacks, [None, *stacks[:-1]], strict=True))
 
-    arrived: bytes of optimizer state that is there for both.
-    """
-    there = {
-        "gradients": exact(stack.learning + (4 * stack.entries if sizes.accumulates else 0)),
-        "optimizer": exact(arrived),
+
+def _pair_parts(stack: StackBytes, arriving: StackBytes | None, home: str, opt_home: str) -> Parts:
+    """What two stacks bring to the device, where it does not rest there."""
+    pair = [stack] if arriving is None else [stack, arriving]
+    return {
+        "weights": exact(sum(s.frozen for s in pair)),
+        "learning weights": exact(0 if home == "device" else sum(s.learning for s in pair)),
+        "optimizer": exact(0 if opt_home == "device" else sum(s.opt for s in pair)),
     }
+
+
+def _stack_moments(
+    stack: StackBytes,
+    arriving: StackBytes | None,
+    cfg: OptimizerConfig,
+    sizes: Sizes,
+    home: str,
+    opt_home: str,
+    temporaries: dict[str, int],
+) -> list[Parts]:
+    """Backward through a stack, then its update; the device computes one after the other."""
+    there = _pair_parts(stack, arriving, home, opt_home)
+    there["gradients"] = exact(stack.learning + (4 * stack.entries if sizes.accumulates else 0))
     update = update_moment(cfg, stack.learning, stack.entries) if stack.entries else 0
     activations = _read_off(temporaries, "backward", stack.kept + stack.moment)
     moments = [there | {"activations": activations}]

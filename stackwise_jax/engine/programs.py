@@ -94,20 +94,11 @@ class StepPrograms:
     def __init__(self, placement: Placement):
         self._placement = placement
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
+        self.largest_bytes = 0  # on a device, of the programs compiled so far
 
     @property
     def compilations(self) -> int:
         return len(self._compiled)
-
-    @property
-    def bytes(self) -> dict[str, dict[str, int]]:
-        """`compiled_bytes` by the name of the function; of several programs of one function the largest."""
-        found: dict[str, dict[str, int]] = {}
-        for (function, *_), compiled in self._compiled.items():
-            entry = compiled_bytes(compiled)
-            if entry["total"] >= found.get(function.__name__, entry)["total"]:
-                found[function.__name__] = entry
-        return found
 
     def get(self, spec: StepSpec, state: TrainState, *rest: Tree) -> jax.stages.Compiled:
         """The compiled step for arguments of these shapes and shardings (arrays or ShapeDtypeStructs with sharding).
@@ -135,4 +126,5 @@ class StepPrograms:
         if key not in self._compiled:
             jitted = jax.jit(functools.partial(function, *static), donate_argnums=donate, **how)
             self._compiled[key] = jitted.lower(*args).compile()
+            self.largest_bytes = max(self.largest_bytes, compiled_bytes(self._compiled[key])["total"])
         return self._compiled[key]

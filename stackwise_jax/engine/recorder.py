@@ -39,7 +39,7 @@ class Recorder:
         """Take up a committed state: counters, results, versions, and the metrics file as it was then."""
         self.number, self.global_step = progress.number, progress.global_step
         self.results = list(progress.results)
-        versions = {name: v for name, v in progress.versions.items() if name != OPTIMIZER}
+        versions = {name: v for name, v in progress.versions.items() if name.split("/")[0] != OPTIMIZER}
         self.moments = {n.removeprefix(MOMENTS): v for n, v in versions.items() if n.startswith(MOMENTS)}
         self.weights.versions = {name: v for name, v in versions.items() if not name.startswith(MOMENTS)}
         self.weights.formats = {item: fmt for item, fmt in progress.formats.items() if item in self.weights.versions}
@@ -118,13 +118,18 @@ class Recorder:
         saved = self.store.load_item(name, version, wanted)
         return {leaf: saved[files[leaf]] for leaf in like}
 
-    def save_inside(self, learned: dict[str, Tree], opt: Tree, meta: dict, extra: dict, bad_steps: int) -> None:
+    def save_inside(
+        self, learned: dict[str, Tree], opt: dict[str, Tree], meta: dict, extra: dict, bad_steps: int
+    ) -> None:
         """A checkpoint in the middle of a phase: what learns, its optimizer state, and where the loop stands."""
         self.save_learned(learned, meta)
-        leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(opt))}
-        if leaves:
-            self.store.save_item(OPTIMIZER, self.number + 1, leaves, meta | {"kind": OPTIMIZER})
-        self.commit(meta["phase_index"], meta["step"], optimizer=bool(leaves), extra=extra, bad_steps=bad_steps)
+        saved = {}
+        for name, tree in opt.items():
+            leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+            if leaves:
+                saved[_optimizer_item(name)] = self.number + 1
+                self.store.save_item(_optimizer_item(name), self.number + 1, leaves, meta | {"kind": OPTIMIZER})
+        self.commit(meta["phase_index"], meta["step"], optimizer=saved, extra=extra, bad_steps=bad_steps)
 
     def commit(
         self,
@@ -132,7 +137,7 @@ class Recorder:
         step: int,
         *,
         finished: bool = False,
-        optimizer: bool = False,
+        optimizer: dict[str, int] | None = None,
         extra: dict | None = None,
         bad_steps: int = 0,
     ) -> Progress:
@@ -146,7 +151,7 @@ class Recorder:
             global_step=self.global_step,
             versions=self.weights.versions
             | {MOMENTS + item: version for item, version in self.moments.items()}
-            | ({OPTIMIZER: self.number} if optimizer else {}),
+            | (optimizer or {}),
             formats=dict(self.weights.formats),
             data=self._data,
             metrics_bytes=self.log.tell(),
@@ -158,19 +163,25 @@ class Recorder:
         self.store.commit(progress)
         return progress
 
-    def load_optimizer(self, progress: Progress, opt: Tree) -> Tree:
-        """The optimizer state that `progress` names, with the structure and shardings of `opt`."""
+    def load_optimizer(self, progress: Progress, name: str, opt: Tree) -> Tree:
+        """An entry of the optimizer state that `progress` names, with the structure and shardings of `opt`."""
         leaves, structure = jax.tree.flatten(opt)
         if not leaves:
             return opt
         like = {f"{i:04d}": _shape_of(x) for i, x in enumerate(leaves)}
-        saved = self.store.load_item(OPTIMIZER, progress.versions[OPTIMIZER], like)
+        item = _optimizer_item(name)
+        saved = self.store.load_item(item, progress.versions[item], like)
         return jax.tree.unflatten(structure, [saved[name] for name in like])
 
     def close(self) -> None:
         """Close the metrics file and let another process write here."""
         self.log.close()
         self.store.close()
+
+
+def _optimizer_item(name: str) -> str:
+    """The item of an entry of an executor's optimizer state; "" is the whole."""
+    return f"{OPTIMIZER}/{name}" if name else OPTIMIZER
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:

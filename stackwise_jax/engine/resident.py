@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -136,8 +137,10 @@ class Resident:
             weights.drop(item)  # it lives in the trees of the step now; what learns is donated
         self.step_bytes = 0
 
-    def resume(self, opt: Tree, step: int, bad_steps: int) -> None:
-        """Go on in the middle of the phase: with a saved optimizer state, at a step."""
+    def resume(self, load: Callable[[str, Tree], Tree], step: int, bad_steps: int) -> None:
+        """Go on in the middle of the phase, at a step. load: an entry of `opt` as it was saved, by its name and like
+        what there is now."""
+        opt = load("", self.state.opt)
         placement = self._weights.placement
         at, bad = placement.put((np.int32(step), np.int32(bad_steps)), placement.replicated)
         self.state = TrainState(at, bad, self.state.learning, opt)
@@ -156,16 +159,16 @@ class Resident:
         """The optimizer state of an item that learns."""
         return item_state(self.state.opt, self.window.layout, item)
 
-    def carry(self, items: dict[str, State]) -> None:
+    def carry(self, items: Iterable[tuple[str, State]]) -> None:
         """Begin with the optimizer state that these items have from an earlier phase."""
-        opt = join_states(self.state.opt, self.window.layout, items)
+        opt = join_states(self.state.opt, self.window.layout, dict(items))
         placement = self._weights.placement
         self.state = self.state._replace(opt=placement.put(opt, placement.params(opt)))
 
     @property
-    def opt(self) -> Tree:
+    def opt(self) -> dict[str, Tree]:
         """The optimizer state, which is saved in the middle of a phase."""
-        return self.state.opt
+        return {"": self.state.opt}
 
     @property
     def bad_steps(self) -> int:

@@ -9,6 +9,7 @@ state = (step, learning trees, optimizer state), donated, the frozen trees besid
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -178,8 +179,8 @@ class Run:
         if progress and start:
             work.before, work.skipped = progress.extra["seconds"], progress.extra["skipped"]
             work.history = list(progress.extra["history"])
-            opt = self.recorder.load_optimizer(progress, executor.opt)
-            executor.resume(opt, progress.step, progress.bad_steps)
+            load = functools.partial(self.recorder.load_optimizer, progress)
+            executor.resume(load, progress.step, progress.bad_steps)
         else:
             hand_over(executor, self.recorder, work.phase)
         learned = self._loop(work, executor, start)
@@ -267,8 +268,8 @@ class Run:
     def _before_step(self, work: PhaseWork, executor: Executor, step: int, start: int, flush) -> None:
         run = self.config.run
         stopping = self._agree_to_stop(step)
-        work.step_bytes = executor.step_bytes
         if step > start:
+            work.step_bytes = executor.step_bytes
             if run.eval_every and step % run.eval_every == 0:
                 flush()
                 self._report_held_out(work, step, self._held_out(work, *executor.evaluated()))

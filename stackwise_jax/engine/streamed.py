@@ -16,6 +16,8 @@ Legend: B batch, T sequence, D d_model.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ import numpy as np
 from stackwise_jax.config.schema import MemoryConfig
 from stackwise_jax.curriculum.phase import Phase
 from stackwise_jax.engine import pieces
-from stackwise_jax.engine.carry import State, item_state
+from stackwise_jax.engine.carry import State, item_state, shared_state
 from stackwise_jax.engine.holdings import Holdings, Part
 from stackwise_jax.engine.pieces import Gradient, Opened
 from stackwise_jax.engine.programs import StepPrograms, bare
@@ -95,10 +97,11 @@ class Streamed:
 
     # What a run asks of an executor.
 
-    def resume(self, opt: Tree, step: int, bad_steps: int) -> None:
-        """Go on in the middle of the phase: with a saved optimizer state, at a step."""
-        for part in self.held.opt:
-            self.held.keep_opt(part, opt[str(part)])
+    def resume(self, load: Callable[[str, Tree], Tree], step: int, bad_steps: int) -> None:
+        """Go on in the middle of the phase, at a step. load: an entry of `opt` as it was saved, by its name and like
+        what there is now."""
+        for part, opt in self.held.opt.items():
+            self.held.keep_opt(part, load(str(part), opt))
         self._set_counters(step, bad_steps)
 
     def compile(self, data: StepData) -> None:
@@ -106,9 +109,8 @@ class Streamed:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes on a device, at most: the largest piece, and all that rests there."""
-        pieces_bytes = max((entry["total"] for entry in self._programs.bytes.values()), default=0)
-        return pieces_bytes + self.held.device_bytes
+        """Bytes of the largest piece that was compiled so far; what rests on the device beside it is not among them."""
+        return self._programs.largest_bytes
 
     def step(self, data: StepData) -> dict[str, jax.Array]:
         """One update; see step.train_step for the scalars."""
@@ -117,12 +119,14 @@ class Streamed:
         embed = self._end(EMBED) if self.spec.from_tokens else None
         opened: Opened = call(pieces.open_step, (spec,), embed, data, self._constants, self._counters[0])
         self._lr, self._rounding_key, self._tally = data.lr, opened.rounding_key, opened.tally
-        saved, top, y_parts = self._forward(opened)
-        dy_parts, found = self._head(opened, y_parts, embed)
-        dx_parts, distance = self._backward(opened, saved, top, y_parts, dy_parts, found)
+        x_parts, opened = list(opened.inputs), opened._replace(inputs=())
+        # Handed over in lists that are emptied: a name in this function would keep a stack on the device.
+        saved, top = self._forward(opened, x_parts)
+        dy_parts, found = self._head(opened, x_parts, embed)
+        distance = self._backward(opened, saved, top, x_parts, dy_parts, found)
         if self.spec.train_embed:
             gradient = found.ends.get(EMBED)
-            for batch, dx_BTD in zip(opened.batches, dx_parts, strict=True):
+            for batch, dx_BTD in zip(opened.batches, dy_parts, strict=True):
                 gradient = call(pieces.embed_gradient, (spec,), embed, batch, dx_BTD, gradient)
             self._learn(EMBED, embed, None, gradient, found.nll)
         self._update_waiting(found.nll)
@@ -134,19 +138,28 @@ class Streamed:
     def carried(self, item: str) -> State:
         """The optimizer state of an item that learns."""
         self.held.settle()
-        part = item if item in ENDS else self._phase.window.index(int(item.split("/")[1]))
+        part = self._part_of(item)
         return item_state(self.held.opt[part], self._layout(part), item)
 
-    def carry(self, items: dict[str, State]) -> None:
-        """Begin with the optimizer state that these items have from an earlier phase."""
-        items = self.held.fetch(items)
+    def carry(self, items: Iterable[tuple[str, State]]) -> None:
+        """Begin with the optimizer state that these items have from an earlier phase; one at a time is loaded."""
+        fetch = self.held.fetch
+        for item, state in items:
+            part = self._part_of(item)
+            # Under one name for all, so that stacks of equal shape share a program.
+            name = item if item in ENDS else re.sub(r"/\d+", "/000", item, count=1)
+            opt = join_states(fetch(self.held.opt[part]), self._any_layout(part), {name: fetch(state)})
+            self.held.keep_opt(part, opt)
+        # Counts of steps belong to all; where parts with unlike counts meet, the largest counts.
+        counts = [shared_state(self.held.opt[part], self._any_layout(part)) for part in self.held.opt]
+        largest = {name: np.max([np.asarray(count[name]) for count in counts]) for name in counts[0]} if counts else {}
         for part, opt in self.held.opt.items():
-            # Every part sees all items: counts of steps are shared, and the largest of all counts.
-            self.held.keep_opt(part, join_states(self.held.fetch(opt), self._layout(part), items))
+            shared = self._placement.put(largest, self._placement.replicated)
+            self.held.keep_opt(part, join_states(fetch(opt), self._any_layout(part), {"all": shared}))
 
     @property
-    def opt(self) -> Tree:
-        """The optimizer state, which is saved in the middle of a phase."""
+    def opt(self) -> dict[str, Tree]:
+        """The optimizer state by parts, which are saved one by one in the middle of a phase."""
         self.held.settle()
         return {str(part): tree for part, tree in self.held.opt.items()}
 
@@ -172,19 +185,20 @@ class Streamed:
 
     # The parts of a step.
 
-    def _forward(self, opened: Opened) -> tuple[list[list[jax.Array]], Arrived | None, list[jax.Array]]:
-        """(inputs of each stack per microbatch, at rest; the last stack, still there; its outputs)."""
-        x_parts, before, saved, arrived = list(opened.inputs), None, [], None
+    def _forward(self, opened: Opened, x_parts: list[jax.Array]) -> tuple[list[list[jax.Array]], list[Arrived]]:
+        """(inputs of each stack per microbatch, at rest; the last stack, still there). x_parts: the inputs of the first
+        stack, which make room for the outputs of the last."""
+        before, saved, top = None, [], []
         belt = Conveyor(lambda k: self._arrive(k, None), range(len(self._stacks)), self._arrivals)
         for k in range(len(self._stacks)):
-            arrived = belt.take()
-            saved.append(self._lay_by(x_parts))
+            top = [belt.take()]
+            saved.append(self._lay_by(x_parts[:]))
             y_parts = [
                 self._programs.call(
                     pieces.forward,
                     (self._lean, self._stacks[k]),
-                    arrived.learning,
-                    arrived.frozen,
+                    top[0].learning,
+                    top[0].frozen,
                     batch,
                     x_BTD,
                     self._key(opened, k, m),
@@ -193,8 +207,8 @@ class Streamed:
                 for m, (batch, x_BTD) in enumerate(zip(opened.batches, x_parts, strict=True))
             ]
             belt.advance(before)
-            before, x_parts = y_parts, y_parts
-        return saved, arrived, x_parts
+            before, x_parts[:] = y_parts, y_parts
+        return saved, top
 
     def _head(self, opened: Opened, y_parts: list[jax.Array], embed: Tree | None) -> tuple[list[jax.Array], Gradient]:
         """(the gradient of each output of the last stack, loss and gradients of the ends that learn from it)."""
@@ -219,23 +233,24 @@ class Streamed:
         self,
         opened: Opened,
         saved: list[list[jax.Array]],
-        top: Arrived | None,
+        top: list[Arrived],
         y_parts: list[jax.Array],
-        dy_parts: list[jax.Array],
+        dy_parts: list[Any],
         found: Gradient,
-    ) -> tuple[list[Any], jax.Array | None]:
-        """(the gradient of each input of the window, the sum of the distances that consistency counts)."""
+    ) -> jax.Array | None:
+        """The sum of the distances that consistency counts. dy_parts: the gradients of the outputs of the last stack,
+        which make room for those of the inputs of the first; saved, top and y_parts are used up."""
         n, distance, before = len(self._stacks), None, None
         last = max((k for k in range(n) if k in self.held.learning), default=-1)
-        if top is not None:  # it is still there
-            top = top._replace(inputs=self._inputs(saved.pop()), opt=self._opt_of(n - 1))
+        if top:
+            top.append(top.pop()._replace(inputs=self._inputs(saved.pop()), opt=self._opt_of(n - 1)))
         belt = Conveyor(lambda k: self._arrive(k, saved.pop()), range(n - 2, -1, -1), self._arrivals)
         for k in range(n - 1, -1, -1):
-            arrived, top = top or belt.take(), None
+            arrived = top.pop() if top else belt.take()
             if opened.references and k == last:
-                distance, dy_parts = self._pull(opened, y_parts, dy_parts)
-            gradient, y_parts, after = None, arrived.inputs, dy_parts
-            dy_parts = []
+                distance, dy_parts[:] = self._pull(opened, y_parts, dy_parts)
+            gradient, y_parts[:] = None, arrived.inputs if opened.references else []
+            after, dy_parts[:] = dy_parts[:], []
             for m, (batch, x_BTD) in enumerate(zip(opened.batches, arrived.inputs, strict=True)):
                 dx_BTD, gradient = self._programs.call(
                     pieces.backward,
@@ -252,10 +267,10 @@ class Streamed:
                 dy_parts.append(dx_BTD)
             if k in self.held.learning:
                 self._learn(k, arrived.learning, arrived.opt, gradient, found.nll)
-            del arrived, gradient
+            del arrived, gradient, after
             belt.advance(before)
-            before = dy_parts
-        return dy_parts, distance
+            before = dy_parts[:]
+        return distance
 
     def _pull(
         self, opened: Opened, y_parts: list[jax.Array], dy_parts: list[jax.Array]
@@ -358,8 +373,15 @@ class Streamed:
             places += [(np.int32(group), first) for first, _ in zip(firsts, ids, strict=True)]
         return self._placement.put(places, self._placement.replicated)
 
+    def _part_of(self, item: str) -> Part:
+        return item if item in ENDS else self._phase.window.index(int(item.split("/")[1]))
+
     def _layout(self, part: Part) -> Layout:
         return () if isinstance(part, str) else (self.window.layout[part],)
+
+    def _any_layout(self, part: Part) -> Layout:
+        """The layout of the part as if it were stack 0."""
+        return () if isinstance(part, str) else (((0,), self.window.layout[part][1]),)
 
     def _set_counters(self, step: int, bad_steps: int) -> None:
         self._counters = self._placement.put((np.int32(step), np.int32(bad_steps)), self._placement.replicated)

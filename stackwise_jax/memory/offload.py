@@ -86,6 +86,14 @@ class Scratch:
             raise RunError(f"{self.directory} cannot hold offloaded weights: {error.strerror}") from error
 
 
+def is_mapped(leaf: Any) -> bool:
+    """Whether an array is a view of a file that `Scratch` mapped."""
+    base = leaf
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return isinstance(base, mmap.mmap)
+
+
 def rest(placement: Placement, tree: Tree, place: Place, scratch: Scratch | None, into: Tree | None = None) -> Tree:
     """The tree at rest in a place; as it is where it already rests there.
 
@@ -97,7 +105,7 @@ def rest(placement: Placement, tree: Tree, place: Place, scratch: Scratch | None
     """
     if place == "disk":
         assert scratch is not None, "a tree cannot rest on disk without a scratch directory"
-        return tree if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)) else scratch.store(tree, into)
+        return tree if all(map(is_mapped, jax.tree.leaves(tree))) else scratch.store(tree, into)
     shardings = placement.params(tree)
     if place == "host":
         shardings = jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST_MEMORY), shardings)
@@ -138,5 +146,11 @@ class Conveyor(Generic[Key, Loaded]):
 
     def _begin(self) -> None:
         for key in self._order:
-            self._coming = self._pool.submit(self._load, key)
+            self._coming = self._pool.submit(guarded, self._load, key)
             return
+
+
+def guarded(function: Callable, *args: Any) -> Any:
+    """function(*args), where transfers that are not written down are errors: a thread does not inherit such a guard."""
+    with jax.transfer_guard("disallow"):
+        return function(*args)
