@@ -62,7 +62,10 @@ def _answer(config: StackWiseConfig, args: argparse.Namespace) -> dict[str, Any]
     print_run_plan(found, console)
     answer = found.to_dict()
     if not found.fits:
-        changes, fitting = what_helps(setup, machine, found)
+        # Changes are planned by formula, which is quicker; where the formula does not see what is wrong, compiled too.
+        rough = plan_run(setup, machine)
+        compiled = machine.here and rough.fits
+        changes, fitting = what_helps(setup, machine, found if compiled else rough, compiled=compiled)
         print_changes(changes, fitting, console)
         answer["changes"] = [change.to_dict() for change in changes]
         answer["fits_with"] = None if fitting is None else fitting.to_dict()

@@ -33,6 +33,7 @@ def run(script: str, *options: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_stackwise_bytes_are_flat_in_depth_and_as_planned():
     result = run("bench_memory.py", "--only", "stackwise streamed trunk", "--steps=1")
     shallow, deep = result["rows"]

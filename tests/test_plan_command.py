@@ -64,7 +64,7 @@ def test_advice(say):
 def test_this_machine_by_default_and_by_name(say):
     answers = [say(plan, *SHORT, *how, "--json")[3] for how in ((), ("--device", "cpu"))]
     assert answers[0]["peak_device_bytes"] == answers[1]["peak_device_bytes"] and answers[0]["device"] == "cpu"
-    assert answers[0]["phases"][0]["sources"]["activations"] == "compiled"
+    assert answers[0]["phases"][0]["sources"]["device"]["activations"] == "compiled"
 
 
 @pytest.mark.parametrize(

@@ -202,3 +202,11 @@ def test_names_of_devices_are_those_of_the_configuration():
         machine_of("h300", None, None, NOWHERE)
     here = machine_of(None, None, None, NOWHERE)
     assert here.shared and here.host is not None and here.disk is not None
+
+
+def test_the_reserve_of_a_device_counts_once(tmp_path):
+    setup = prepare(tiny(*SHAPE), tmp_path)
+    bare = plan_run(setup, BIG).peak("device")
+    gpu = lambda memory: Machine(Device("gpu", memory, reserve=1000), 10**15, 10**15)
+    assert plan_run(setup, gpu(bare + 1000)).fits
+    assert not plan_run(setup, gpu(bare + 999)).fits

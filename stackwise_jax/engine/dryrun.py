@@ -1,4 +1,4 @@
-"""What each phase of a run will need, found out by compiling its step without allocating anything."""
+"""The arguments of the step of a phase as shapes, and what of a cache goes on from phase to phase."""
 
 from __future__ import annotations
 

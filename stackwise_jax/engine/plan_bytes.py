@@ -29,7 +29,8 @@ Tree = Any
 # of which nothing else is large. adamw8bit holds more of the part of a leaf that it is at.
 UPDATE_COPIES = {"adamw": 1.5, "lion": 1.3, "sgd": 1.3, "adafactor": 1.3, "muon": 1.9, "adamw8bit": 1.85}
 PART_COPIES = 2.4
-SCORE_COPIES = 3  # of attention's scores in float32 at a time: scores, probabilities, their gradient
+# Of attention's scores in float32 at a time: scores, probabilities, and their gradient if there is one.
+SCORE_COPIES = {True: 3, False: 2}
 LOGIT_COPIES = 2.5  # of a chunk of logits in float32: logits, their gradient in float32 and in the compute dtype
 
 
@@ -84,12 +85,12 @@ def block_moment(block: Block, rows: int, seq_len: int, learns: bool) -> int:
     return activations + casts + score_bytes(block, rows, seq_len)
 
 
-def score_bytes(block: Block, rows: int, seq_len: int) -> int:
+def score_bytes(block: Block, rows: int, seq_len: int, *, backward: bool = True) -> int:
     """Bytes of attention's scores while they exist, of one block."""
     held = seq_len * seq_len
     if held > MAX_REFERENCE_SCORES:
         held = min(held, max(seq_len, MAX_SCORES))
-    return SCORE_COPIES * rows * block.n_heads * held * 4
+    return SCORE_COPIES[backward] * rows * block.n_heads * held * 4
 
 
 def head_moment(rack: Rack, rows: int, predicted: int, *, learns: bool, shards: int, backward: bool = True) -> int:

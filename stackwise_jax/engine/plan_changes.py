@@ -55,7 +55,9 @@ class Way:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
-        return {"name": self.name, **self.change.to_dict(), "days_per_billion_tokens": self.days}
+        days = None if self.days is None else self.days / len(self.change.plan.phases)
+        each = {"days_per_billion_tokens": days, "days_per_billion_tokens_in_every_phase": self.days}
+        return {"name": self.name, **self.change.to_dict(), "phases": len(self.change.plan.phases), **each}
 
 
 def changed(config: StackWiseConfig, keys: Keys) -> StackWiseConfig:
@@ -71,9 +73,16 @@ def _replaced(section: Any, names: list[str], value: Any) -> Any:
     return dataclasses.replace(section, **{name: inner})
 
 
-def what_helps(setup: Setup, machine: Machine, plan: RunPlan) -> tuple[list[Change], Change | None]:
+def what_helps(
+    setup: Setup, machine: Machine, plan: RunPlan, *, compiled: bool = False
+) -> tuple[list[Change], Change | None]:
     """(single changes that lower what is exceeded, cheapest first; the first of them, or of their combinations, that
-    makes the run fit, if any does)."""
+    makes the run fit, if any does).
+
+    Args:
+        plan: of the run as it is, made in the same way as those of the changes.
+        compiled: plan changes as `planner.plan_run` does.
+    """
     config = setup.config
     if _hopeless(plan, machine):
         return [], None
@@ -83,13 +92,13 @@ def what_helps(setup: Setup, machine: Machine, plan: RunPlan) -> tuple[list[Chan
     best = plan
     for keys in _candidates(config, short, machine):
         keys = {k: v for k, v in keys.items() if _value(config, k) != v}
-        change = _try(setup, keys, machine) if keys else None
+        change = _try(setup, keys, machine, compiled) if keys else None
         if change is None or _excess(change.plan, machine) >= _excess(plan, machine):
             continue
         helpful.append(change)
         if change.plan.fits:
             return helpful, change
-        combined = _try(setup, {**together, **keys}, machine)
+        combined = _try(setup, {**together, **keys}, machine, compiled)
         if combined is not None and _excess(combined.plan, machine) < _excess(best, machine):
             together, best = dict(combined.keys), combined.plan
             if best.fits:
@@ -113,6 +122,7 @@ def _candidates(config: StackWiseConfig, short: set[Place], machine: Machine) ->
     size, now = config.data.batch_size, config.optimizer.microbatches
     if "disk" in short:
         yield {"run.keep": 1}
+        yield {"run.keep_depths": 1}
         yield {"memory.finished": "frozen"}
         yield {"run.save_every": 0}
     if "disk" in short or "host" in short:
@@ -129,7 +139,7 @@ def _candidates(config: StackWiseConfig, short: set[Place], machine: Machine) ->
     yield {"curriculum.frozen": "bf16"}
     yield {"curriculum.frozen": "int8"}
     yield {"curriculum.frozen": "nf4"}
-    yield {"optimizer.name": "adamw8bit"}
+    yield {"optimizer.name": "adamw8bit", "optimizer.state_dtype": None}
     if not machine.shared and device:
         yield {"memory.offload": "all", "optimizer.clip": "stack"}
         yield {"memory.offload": "all", "optimizer.clip": "stack", "memory.stack_inputs": "host"}
@@ -146,10 +156,10 @@ def _value(config: StackWiseConfig, key: str) -> Any:
     return value
 
 
-def _try(setup: Setup, keys: Keys, machine: Machine) -> Change | None:
+def _try(setup: Setup, keys: Keys, machine: Machine, compiled: bool = False) -> Change | None:
     """The change, planned; None where it is refused."""
     try:
-        return Change(keys, plan_run(resketch(setup, changed(setup.config, keys)), machine))
+        return Change(keys, plan_run(resketch(setup, changed(setup.config, keys)), machine, compiled=compiled))
     except UsageError:
         return None
 
@@ -164,7 +174,7 @@ def _excess(plan: RunPlan, machine: Machine) -> int:
 
 _OWN_LIST = {"curriculum.plans": [], "curriculum.phases": [], "curriculum.stages": [], "curriculum.budget": None}
 _ALL = {"memory.offload": "all"}
-_SMALL = {"optimizer.name": "adamw8bit", "optimizer.clip": "stack", "model.remat": True}
+_SMALL = {"optimizer.name": "adamw8bit", "optimizer.state_dtype": None, "optimizer.clip": "stack", "model.remat": True}
 
 
 def advise(setup: Setup, machine: Machine) -> list[Way]:
@@ -217,7 +227,8 @@ def too_large(setup: Setup) -> str | None:
         return None
     phase, shortfall = max(short, key=lambda entry: entry[1].need / max(entry[1].limit, 1))
     changes, fitting = what_helps(setup, machine, plan)
-    remedy = "no single key makes it fit: python -m stackwise_jax.plan --advise compares the ways to train this model"
+    remedy = "none of the changes that were tried makes it fit: "
+    remedy += "python -m stackwise_jax.plan --advise compares the ways to train this model"
     if fitting is not None:
         remedy = f"write {fitting.options}, which needs {_figures(fitting.plan, machine)}"
     elif changes:

@@ -38,7 +38,7 @@ from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, adapter_item, item_format, learning_items, stack_item
 from stackwise_jax.memory import CacheChoice, step_flops
 from stackwise_jax.memory.budget import PLACES, Demand, Machine, Part, Shortfall, peak, shortfalls
-from stackwise_jax.memory.devices import EFFICIENCY
+from stackwise_jax.memory.devices import EFFICIENCY, same_disk
 
 HOST_RUNTIME = {True: 8e8, False: 3e9}  # bytes of the process itself, on a CPU and beside a GPU; a rough figure
 CHUNKS_UNDERWAY = 2  # of the cache, on the device beside the one in use and the one being written
@@ -65,7 +65,7 @@ class PhasePlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
         places = {place: {n: p.bytes for n, p in getattr(self.demand, place).items()} for place in PLACES}
-        sources = {n: p.source for place in PLACES for n, p in getattr(self.demand, place).items()}
+        sources = {place: {n: p.source for n, p in getattr(self.demand, place).items()} for place in PLACES}
         return {
             "index": self.index,
             "name": self.phase.name,
@@ -282,7 +282,7 @@ class _Planner:
         stacks = [self._stack(phase, i) for i in phase.path]
         block = setup.rack.stacks[phase.path[0]].blocks[0]
         moment = rows * sizes.seq_len * 3 * block.d_ff * width(setup.rack.compute_dtype)
-        moment += score_bytes(block, rows, sizes.seq_len)
+        moment += score_bytes(block, rows, sizes.seq_len, backward=False)
         moments = []
         if choice.use and phase.prefix:
             waiting = sum(map(self._item_here, learning_items(phase)))
@@ -298,9 +298,8 @@ class _Planner:
         learning = sum(map(self._item_here, learning_items(phase)))
         if homes(self._memory)[0] != "device" or any(place != "device" for place, _ in resting.values()):
             there += 2 * max(stacks)  # what rests elsewhere passes stack by stack
-        head = head_moment(
-            setup.rack, rows, sizes.predicted, learns=False, shards=sizes.shards, backward=False
-        )  # fmt: skip
+        shards = sizes.shards
+        head = head_moment(setup.rack, rows, sizes.predicted, learns=False, shards=shards, backward=False)
         moments.append(
             {
                 "weights": exact(there),
@@ -341,7 +340,8 @@ class _Planner:
             if choice.kind == "host":
                 in_host = min(parse_bytes(cfg.cache.host_budget, "cache.host_budget") // max(chunk, 1), choice.n_chunks)
             host["cache"] = exact(in_host * chunk)
-            disk["cache"] = exact((choice.n_chunks - in_host) * chunk)
+            if cfg.cache.dir is None or same_disk(cfg.cache.dir, setup.run_dir):
+                disk["cache"] = exact((choice.n_chunks - in_host) * chunk)
         text = setup.train, setup.valid
         if any(t.n_bytes for t in text):
             host["text"] = exact(sum(t.tokens_NT.nbytes * 3 for t in text))

@@ -63,19 +63,18 @@ class Shortfall:
     certain: bool
 
     @property
-    def sentence(self) -> str:
-        """What does not fit, with figures."""
+    def where(self) -> str:
+        """The place in words."""
         return f"{self.place} memory" if self.place != "disk" else "disk"
 
     def __str__(self) -> str:
         need, limit = format_bytes(self.need), format_bytes(self.limit)
-        return f"{need} of {self.sentence} where {limit} are to be had (most of it for {self.largest})"
+        return f"{need} of {self.where} where {limit} are to be had (most of it for {self.largest})"
 
 
 def limits_of(machine: Machine) -> dict[Place, int | None]:
     """What may be used in each place; None: unknown. On a CPU device and host are one memory, under "host"."""
-    memory = machine.device.memory
-    device = None if machine.shared or memory is None else memory - machine.device.reserve
+    device = None if machine.shared else machine.device.memory
     return {"device": device, "host": machine.host, "disk": machine.disk}
 
 

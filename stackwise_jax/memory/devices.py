@@ -121,11 +121,21 @@ def _device_here() -> Device:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     kind = device.device_kind.lower()
     # The limit leaves out what driver and libraries took before; a little is lost between arrays.
-    known = next((d for d in DEVICES.values() if d.name.split("-")[0].removeprefix("rtx") in kind), None)
+    words = kind.replace("-", " ").split()
+    known = next((d for d in DEVICES.values() if d.name.split("-")[0].removeprefix("rtx") in words), None)
     reserve = 0 if limit is None else limit // 50
     if known is None:
         return Device(device.device_kind, limit, reserve=reserve)
     return dataclasses.replace(known, name=device.device_kind, memory=limit, reserve=reserve)
+
+
+def same_disk(a: Path | str, b: Path | str) -> bool:
+    """Whether two folders, which need not exist yet, lie on one file system."""
+
+    def number(path: Path) -> int:
+        return next(place.stat().st_dev for place in (path, *path.parents) if place.exists())
+
+    return number(Path(a).absolute()) == number(Path(b).absolute())
 
 
 def _cpu() -> Device:

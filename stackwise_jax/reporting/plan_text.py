@@ -50,8 +50,7 @@ def _print_verdict(plan: Any, console: Console) -> None:
     unknown = [place for place, limit in limits.items() if limit is None and not (place == "device" and machine.shared)]
     known += "".join(f", {place} not limited" for place in unknown)
     shared = "; device and host are one memory" if machine.shared else ""
-    reserve = f", of which {size(machine.device.reserve)} are set aside" if machine.device.reserve else ""
-    memory = "" if machine.device.memory is None else f" ({size(machine.device.memory)}{reserve})"
+    memory = "" if machine.device.memory is None else f" ({size(machine.device.memory)})"
     console.print(f"machine: {machine.device.name}{memory}; may be used: {known}{shared}", soft_wrap=True)
     if plan.seconds is not None:
         from stackwise_jax.memory.devices import EFFICIENCY
