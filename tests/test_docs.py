@@ -40,7 +40,7 @@ COMMANDS = ("train", "evaluate", "generate", "inspect", "convert", "plan")
 RUN_ENTRIES = {
     "rack.json",
     *(directory.CONFIG, directory.PHASES, directory.METRICS, directory.SUMMARY, directory.TOKENIZER),
-    *(directory.CHECKPOINTS, directory.TENSORBOARD, directory.CACHE),
+    *(directory.CHECKPOINTS, directory.TENSORBOARD, directory.CACHE, directory.OFFLOAD),
 }
 IN_A_STORE = r"(embed|head|stacks/\d{3}|adapters/\d{3}/\w+|moments|optimizer|progress|arrays|meta\.json)\b"
 ENTRIES = {
