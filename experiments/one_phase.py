@@ -101,10 +101,12 @@ def model_flops(loop: PhaseLoop) -> int:
 
 
 def predicted_bytes(setup: Setup, index: int) -> int:
-    """What the planner says that phase `index` needs on the device."""
+    """What the planner says that phase `index` needs on the device, without what is lost between arrays: the counters
+    do not see that."""
     memory = setup.config.memory
     machine = machine_of(memory.device, memory.host, memory.disk, setup.run_dir)
-    return plan_run(setup, machine, compiled=machine.here).phases[index].demand.total("device")
+    device = plan_run(setup, machine, compiled=machine.here).phases[index].demand.device
+    return sum(part.bytes for name, part in device.items() if name != "runtime")
 
 
 def measure(config: StackWiseConfig, index: int, rounds: int, steps: int) -> tuple[Setup, dict[str, Any]]:

@@ -106,14 +106,15 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def check_fits(setup: Setup, reporter: Reporters) -> None:
-    """Look whether the run fits the machine, before anything is allocated.
+    """Look whether the run fits the machine, before anything is allocated. One that has ended needs nothing.
 
     Raises:
         UsageError: it cannot, and memory.check is refuse.
     """
+    from stackwise_jax.engine.directory import is_finished
     from stackwise_jax.engine.plan_changes import too_large
 
-    if setup.config.memory.check == "off":
+    if setup.config.memory.check == "off" or is_finished(setup.run_dir):
         return
     sentence = too_large(setup)
     if sentence is None:

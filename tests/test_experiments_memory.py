@@ -39,7 +39,7 @@ def test_stackwise_bytes_are_flat_in_depth_and_as_planned():
     shallow, deep = result["rows"]
     assert (shallow["blocks"], deep["blocks"]) == (4, 8)
     assert result["growth"]["stackwise streamed trunk"] == pytest.approx(1, abs=0.02)
-    assert deep["predicted_device_bytes"] == pytest.approx(deep["device_bytes"], rel=0.15)
+    assert deep["predicted_device_bytes"] == pytest.approx(deep["device_bytes"], rel=0.1)
     assert deep["pinned_host_bytes"] > shallow["pinned_host_bytes"] > 0  # the trunk waits there
 
 
@@ -47,7 +47,8 @@ def test_streamed_is_measured_against_resident():
     # The benchmark itself compares the losses of both before it times them.
     (row,) = run("bench_streamed.py", "--batches=2", "--stacks=2")["rows"]
     assert row["microbatch_tokens"] == 32
-    assert row["speed"] == pytest.approx(row["resident_ms"] / row["streamed_ms"])
+    assert row["speed"] == pytest.approx(row["resident_remat_ms"] / row["streamed_ms"])
+    assert row["speed_without_remat"] == pytest.approx(row["resident_ms"] / row["streamed_ms"])
 
 
 def test_ladder_keeps_the_levers_of_the_rows_before():
@@ -75,9 +76,11 @@ def test_picture_draws_every_part_that_is_planned(part, tmp_path):
 def test_curriculum_is_stopped_softly_and_says_how_far_it_came(part, tmp_path):
     curriculum = part("curriculum")
     waits = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(130)); time.sleep(60)"
-    assert curriculum.train([sys.executable, "-c", waits], seconds=1, grace=30) == 130
+    rc, taken = curriculum.train([sys.executable, "-c", waits], seconds=1, grace=30)
+    assert rc == 130 and taken >= 0
     hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    assert curriculum.train([sys.executable, "-c", hangs], seconds=1, grace=0.5) == -signal.SIGKILL
+    rc, taken = curriculum.train([sys.executable, "-c", f"x = bytearray(b'1' * 10**8); {hangs}"], seconds=2, grace=0.5)
+    assert rc == -signal.SIGKILL and taken > 5e7
 
     (tmp_path / "file").write_bytes(bytes(10))
     same = {"tokens": 5, "seconds": 1.0, "flops": 7, "peak_host_bytes": 10}

@@ -85,7 +85,14 @@ def test_train_refuses_what_cannot_fit_before_it_writes_anything(say, tmp_path):
     run = *SHORT, "--run.dir", tmp_path / "run", "--memory.host", "100MB"
     code, _, err, _ = say(train, *run)
     assert code == 2 and "error: the run does not fit: phase" in err and "100" not in err.split("where")[0]
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_ended_is_not_asked_whether_it_fits(say, tmp_path):
+    run = *SHORT, "--run.dir", tmp_path / "run", "--curriculum.steps", "1", "--run.sample_tokens", "0"
+    assert say(train, *run)[0] == 0
+    code, out, err, _ = say(train, *run, "--memory.host", "100MB")
+    assert code == 0 and "there is nothing left to do" in out + err
 
 
 @pytest.mark.parametrize("check", ["warn", "off"])

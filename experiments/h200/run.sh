@@ -4,12 +4,13 @@
 #   OUT=FOLDER RUNS=FOLDER PYTHON=python3 WHEELS=FOLDER TEXT=FILE LIMIT=520 bash experiments/h200/run.sh [--tiny] [NAME ..]
 #
 # NAME: steps whose names begin with it (70b, 8b, tests, ..); none: all. PYTHON has jax for the GPU; where other packages of
-# the project are missing, they are installed from the wheels in WHEELS. TEXT: what the 70B curriculum is trained on;
-# without it on the documentation of Python. Each step appends one line to OUT/results.jsonl and its output to OUT/log.txt
-# as soon as it has ended. A step that has succeeded there is not run again, and a step that may not end in the time left
-# is put off: the same command goes on. On a fresh machine, copy results.jsonl into experiments/h200/ beforehand. RUNS
-# holds what a step goes on from; it has to survive from one command to the next. The answer is 0 once all steps have
-# succeeded.
+# the project are missing, they are installed from the wheels in WHEELS: those of `pip download --no-deps --only-binary
+# :all: --python-version 3.12 -d WHEELS grain array_record portpicker jsonargparse tensorboardX` and of what else is
+# missing. TEXT: what the 70B curriculum is trained on; without it on the documentation of Python. Each step prints one
+# line of JSON as soon as it has ended, also to OUT/results.jsonl, and its output to OUT/log.txt. A step that has succeeded
+# there is not run again, and a step that may not end in the time left is put off: the same command goes on. On a fresh
+# machine, copy results.jsonl into experiments/h200/ beforehand. RUNS holds what a step goes on from; it has to survive
+# from one command to the next. The answer is 0 once all steps have succeeded.
 #
 # --tiny: everything on the CPU at the smallest sizes, in minutes, beginning anew: shows that no step fails on a typo.
 set -uo pipefail
@@ -27,9 +28,6 @@ else
 fi
 RUNS=${RUNS:-$OUT/runs} PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-# What counts is the peak that the allocator reports, so it may reserve most of the device; the host has to keep room for
-# the page cache of checkpoints beside the pinned memory.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=.9 XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=${XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB:-96}
 mkdir -p "$OUT" "$RUNS"
 results=$OUT/results.jsonl log=$OUT/log.txt
 if [ ! -e "$results" ]; then
@@ -72,7 +70,7 @@ except ValueError:
 print(json.dumps({"step": name, "rc": int(rc), "seconds": int(seconds), "answer": answer}))
 PYTHON_END
   ((rc == 0)) || unfinished=1
-  echo "$name: rc $rc, $((SECONDS - start)) s"
+  tail -n 1 "$results"
 }
 
 # Sizes. A geometry is that of a configuration file; its _dry variant has the same depth at small widths.
@@ -135,11 +133,13 @@ step ladder-one-stack 200 "$PYTHON" experiments/memory_ladder.py --json "${smoke
   --only 9 10 11 12 13
 
 # What must hold on any device: frozen parts, resuming, cache, kernels against their references, streamed as resident.
-step tests-kernels 120 "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_kernels_attention.py \
+# The tests compare bits and fp32 products.
+exact=(env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true")
+step tests-kernels 120 "${exact[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_kernels_attention.py \
   tests/test_kernels_cross_entropy.py tests/test_memory_cache.py tests/test_memory_placement.py
-step tests-memory 240 "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_memory_quantized.py \
+step tests-memory 240 "${exact[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_memory_quantized.py \
   tests/test_model_quantized.py tests/test_engine_streamed.py tests/test_memory_offload.py tests/test_engine_update.py
-step tests-engine 240 "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_engine_run.py \
+step tests-engine 240 "${exact[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_engine_run.py \
   tests/test_engine_exact.py tests/test_engine_optimizer.py
 
 step engine 90 "$PYTHON" experiments/bench_engine.py --rounds 15 --steps 20 --json "${smoke[@]}"

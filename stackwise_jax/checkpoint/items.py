@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from stackwise_jax.checkpoint.files import brief, by_first_process, read_json, sync, write_json, writing
 from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.memory.hashing import is_whole_here, leaf_name, named_leaves
+from stackwise_jax.memory.placement import HOST_MEMORY
 
 ARRAYS, META = "arrays", "meta.json"
 LARGE = 2**25  # bytes
@@ -179,7 +180,16 @@ def _read(path: Path) -> dict:
 
 
 def _to_host(leaf: Any) -> Any:
-    return np.asarray(jax.device_get(leaf)) if is_whole_here(leaf) else leaf
+    """A numpy array of what this process sees whole.
+
+    From an accelerator by way of an array in host memory that nobody else holds: an array keeps the copy that it was
+    asked for as long as it lives, and so all that is saved would pile up there.
+    """
+    if not is_whole_here(leaf):
+        return leaf
+    if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu":
+        leaf = jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY))
+    return np.asarray(jax.device_get(leaf))
 
 
 def _nested(leaves: dict[str, Any]) -> dict:

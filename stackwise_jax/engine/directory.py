@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stackwise_jax.checkpoint import Progress, writing
+from stackwise_jax.checkpoint import Progress, Store, writing
 from stackwise_jax.config import StackWiseConfig, differing_keys, load_config, resolved_yaml
 from stackwise_jax.curriculum import phase_table
 from stackwise_jax.errors import UsageError
@@ -89,6 +89,12 @@ def check_directory(setup: Setup) -> bool:
     if read_rack(run_dir) != setup.rack:
         raise UsageError(f"the rack is not that of {run_dir / RACK}; give the same one, or name another run.dir")
     return True
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run was trained to its end here."""
+    progress = Store(run_dir / CHECKPOINTS).latest()
+    return progress is not None and progress.finished
 
 
 def read_config(run_dir: Path) -> StackWiseConfig:

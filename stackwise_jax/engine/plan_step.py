@@ -25,6 +25,7 @@ from stackwise_jax.engine.plan_bytes import (
     update_moment,
 )
 from stackwise_jax.engine.programs import StepPrograms, bare, compiled_bytes
+from stackwise_jax.engine.recorder import optimizer_items
 from stackwise_jax.engine.resident import step_spec
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.step import StepSpec
@@ -94,8 +95,9 @@ class Sizes:
         return jax.ShapeDtypeStruct((self.rows, self.seq_len, setup.rack.d_model), dtype)
 
 
-def resident_parts(setup: Setup, weights: Weights, phase: Phase, programs: StepPrograms | None) -> Parts:
-    """Parts of the resident step: exact arguments, and temporaries from the compiled step or by formula.
+def resident_parts(setup: Setup, weights: Weights, phase: Phase, programs: StepPrograms | None) -> tuple[Parts, Parts]:
+    """(parts on the device: exact arguments, and temporaries from the compiled step or by formula; "saving": the
+    optimizer state that a checkpoint inside the phase has in host memory at a time).
 
     Args:
         programs: compiles the step; None: formulas.
@@ -112,10 +114,12 @@ def resident_parts(setup: Setup, weights: Weights, phase: Phase, programs: StepP
         "gradients": exact(learning_bytes),
         "data": exact(device_bytes(data)),
     }
+    saved = [sum(x.size * x.dtype.itemsize for x in leaves.values()) for _, leaves in optimizer_items("", state.opt)]
+    saving: Parts = {"saving": exact(max(saved, default=0))}
     if programs is not None:
         temporaries = compiled_bytes(programs.get(spec, *arguments))["temporaries"]
-        return parts | {"activations": Part(max(temporaries - learning_bytes, 0), "compiled")}
-    return added(parts, _resident_temporaries(setup, phase, spec, state.learning, frozen, learning_bytes))
+        return parts | {"activations": Part(max(temporaries - learning_bytes, 0), "compiled")}, saving
+    return added(parts, _resident_temporaries(setup, phase, spec, state.learning, frozen, learning_bytes)), saving
 
 
 def _resident_temporaries(
@@ -183,7 +187,8 @@ class EndBytes:
 def streamed_parts(
     setup: Setup, weights: Weights, phase: Phase, memory: MemoryConfig, programs: StepPrograms | None
 ) -> tuple[Parts, Parts]:
-    """(parts on the device at the moment that needs most, parts where learning state rests off the device).
+    """(parts on the device at the moment that needs most, parts where learning state rests off the device and
+    "saving": the largest optimizer state of a part, which is saved alone).
 
     Args:
         programs: compiles the pieces of the step, whose temporaries are read off; None: formulas.
@@ -194,7 +199,7 @@ def streamed_parts(
     waits = cfg.grad_clip > 0 and cfg.clip == "global"
     learning = sum(s.learning for s in stacks) + sum(e.weights for e in ends.values() if e.learns)
     opt = sum(s.opt for s in stacks) + sum(e.opt for e in ends.values())
-    away: Parts = {}
+    away: Parts = {"saving": exact(max([0, *(s.opt for s in stacks), *(e.opt for e in ends.values())]))}
     if home != "device":
         away["learning weights"] = exact(learning)
     if opt_home != "device":
@@ -219,13 +224,15 @@ def streamed_parts(
     found = {} if programs is None else piece_bytes(setup, weights, phase, programs)
     temporaries = {name: entry["temporaries"] for name, entry in found.items()}
     # While the head is at work the last stack is still there and the one below it has arrived.
-    last = _pair_parts(*_neighbours(stacks)[-1], home, "device") if stacks else {}
+    pairs = _pairs(stacks, ends[HEAD], waits)
+    last = _pair_parts(stacks[-1], stacks[-2] if len(stacks) > 1 else None, home, "device") if stacks else {}
     moments = [
         *(added(last, m) for m in _head_moments(setup, phase, sizes, ends, home, opt_home, temporaries)),
-        *(m for pair in _neighbours(stacks) for m in _stack_moments(*pair, cfg, sizes, home, opt_home, temporaries)),
+        *(m for pair in pairs for m in _stack_moments(*pair, cfg, sizes, home, opt_home, temporaries)),
     ]
     if phase.train_embed:
-        moments.append(_update_parts(ends[EMBED], phase, sizes, opt_home, temporaries))
+        leaving = _pair_parts(stacks[0], None, home, opt_home) if stacks else {}
+        moments.append(added(leaving, _update_parts(ends[EMBED], phase, sizes, opt_home, temporaries)))
     return added(resting, largest(moments)), away
 
 
@@ -260,14 +267,26 @@ def _update_parts(end: EndBytes, phase: Phase, sizes: Sizes, opt_home: str, temp
     }
 
 
-def _neighbours(stacks: list[StackBytes]) -> list[tuple[StackBytes, StackBytes | None]]:
-    """Each stack, with the one that arrives while it goes backward."""
-    return list(zip(stacks, [None, *stacks[:-1]], strict=True))
+def _pairs(stacks: list[StackBytes], head: EndBytes, waits: bool) -> list[tuple[StackBytes, StackBytes | None]]:
+    """Each stack, with the one that arrives while it goes backward (or the one above, which leaves before that). The
+    head leaves while the last stack goes backward; where updates wait, while the last that learns is updated."""
+    pairs: list[tuple[StackBytes, StackBytes | None]] = list(zip(stacks, [None, *stacks[:-1]], strict=True))
+    if not head.learns or not stacks:
+        return pairs
+    leaving = StackBytes(head.weights, 0, head.opt, head.entries, 0, 0)
+    if waits:
+        return pairs + [(stack, leaving) for stack in [stack for stack in stacks if stack.entries][-1:]]
+    last, arriving = pairs.pop()
+    return [*pairs, (last, leaving if arriving is None else _sum(arriving, leaving))]
 
 
-def _pair_parts(stack: StackBytes, arriving: StackBytes | None, home: str, opt_home: str) -> Parts:
+def _sum(a: StackBytes, b: StackBytes) -> StackBytes:
+    return StackBytes(*(getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(StackBytes)))
+
+
+def _pair_parts(stack: StackBytes, beside: StackBytes | None, home: str, opt_home: str) -> Parts:
     """What two stacks bring to the device, where it does not rest there."""
-    pair = [stack] if arriving is None else [stack, arriving]
+    pair = [stack] if beside is None else [stack, beside]
     return {
         "weights": exact(sum(s.frozen for s in pair)),
         "learning weights": exact(0 if home == "device" else sum(s.learning for s in pair)),
@@ -277,20 +296,27 @@ def _pair_parts(stack: StackBytes, arriving: StackBytes | None, home: str, opt_h
 
 def _stack_moments(
     stack: StackBytes,
-    arriving: StackBytes | None,
+    beside: StackBytes | None,
     cfg: OptimizerConfig,
     sizes: Sizes,
     home: str,
     opt_home: str,
     temporaries: dict[str, int],
 ) -> list[Parts]:
-    """Backward through a stack, then its update; the device computes one after the other."""
-    there = _pair_parts(stack, arriving, home, opt_home)
-    there["gradients"] = exact(stack.learning + (4 * stack.entries if sizes.accumulates else 0))
-    update = update_moment(cfg, stack.learning, stack.entries) if stack.entries else 0
+    """Backward through a stack, then its update; the device computes one after the other. Where the update waits for
+    the norm of the whole gradient, only then is the optimizer state there, and the gradient of the stack beside too."""
+    waits = cfg.grad_clip > 0 and cfg.clip == "global"
+    gradient = stack.learning + (4 * stack.entries if sizes.accumulates else 0)
     activations = _read_off(temporaries, "backward", stack.kept + stack.moment)
-    moments = [there | {"activations": activations}]
-    return [*moments, there | {"update": _read_off(temporaries, "update", update)}] if stack.entries else moments
+    there = _pair_parts(stack, beside, home, "device" if waits else opt_home)
+    moments = [there | {"gradients": exact(gradient), "activations": activations}]
+    if stack.entries:
+        there = _pair_parts(stack, beside, home, opt_home)
+        waiting = beside.learning if waits and beside is not None and opt_home != "device" else 0
+        gradient = waiting + (stack.learning if waits else gradient)
+        update = _read_off(temporaries, "update", update_moment(cfg, stack.learning, stack.entries))
+        moments.append(there | {"gradients": exact(gradient), "update": update})
+    return moments
 
 
 def _stacks(setup: Setup, weights: Weights, phase: Phase, sizes: Sizes) -> list[StackBytes]:

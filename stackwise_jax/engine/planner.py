@@ -240,7 +240,7 @@ class _Planner:
             if streamed:
                 self._steps[key] = streamed_parts(self._setup, self._weights, phase, self._memory, self._programs)
             else:
-                self._steps[key] = resident_parts(self._setup, self._weights, phase, self._programs), {}
+                self._steps[key] = resident_parts(self._setup, self._weights, phase, self._programs)
         return self._steps[key]
 
     def _training(self, phase: Phase, step: Parts, choice: CacheChoice, chunk: int) -> Parts:
@@ -325,6 +325,7 @@ class _Planner:
         setup, cfg = self._setup, self._setup.config
         waiting = sum(n for place, n in self._resting(phase, choice).values() if place != "device")
         off = dict(away)
+        state = off.pop("saving")
         if waiting:
             off = added(off, {"weights": exact(waiting)})
         local = setup.placement.mesh.local_mesh.size
@@ -345,8 +346,8 @@ class _Planner:
         text = setup.train, setup.valid
         if any(t.n_bytes for t in text):
             host["text"] = exact(sum(t.tokens_NT.nbytes * 3 for t in text))
-        saving = [self._item_here(item) for item in learning_items(phase)]
-        host["saving"] = estimated(2 * max(saving, default=0))
+        saving = max([state.bytes, *map(self._item_here, learning_items(phase))])
+        host["saving"] = estimated(2 * saving)  # a copy, and what Orbax makes of it
         return host, disk | self._disk.during(index)
 
     # Time.

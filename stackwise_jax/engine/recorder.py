@@ -16,6 +16,7 @@ from stackwise_jax.engine.weights import Weights, count_values, final_format, pa
 
 Tree = Any
 OPTIMIZER, MOMENTS = "optimizer", "moments/"
+PART_BYTES = 2**30  # of optimizer state, saved at a time: what is being saved is in host memory as a whole
 
 
 class Recorder:
@@ -125,10 +126,9 @@ class Recorder:
         self.save_learned(learned, meta)
         saved = {}
         for name, tree in opt.items():
-            leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
-            if leaves:
-                saved[_optimizer_item(name)] = self.number + 1
-                self.store.save_item(_optimizer_item(name), self.number + 1, leaves, meta | {"kind": OPTIMIZER})
+            for item, leaves in optimizer_items(name, tree):
+                saved[item] = self.number + 1
+                self.store.save_item(item, self.number + 1, leaves, meta | {"kind": OPTIMIZER})
         self.commit(meta["phase_index"], meta["step"], optimizer=saved, extra=extra, bad_steps=bad_steps)
 
     def commit(
@@ -165,13 +165,11 @@ class Recorder:
 
     def load_optimizer(self, progress: Progress, name: str, opt: Tree) -> Tree:
         """An entry of the optimizer state that `progress` names, with the structure and shardings of `opt`."""
-        leaves, structure = jax.tree.flatten(opt)
-        if not leaves:
-            return opt
-        like = {f"{i:04d}": _shape_of(x) for i, x in enumerate(leaves)}
-        item = _optimizer_item(name)
-        saved = self.store.load_item(item, progress.versions[item], like)
-        return jax.tree.unflatten(structure, [saved[name] for name in like])
+        saved: dict[str, jax.Array] = {}
+        for item, leaves in optimizer_items(name, opt):
+            like = {number: _shape_of(x) for number, x in leaves.items()}
+            saved |= self.store.load_item(item, progress.versions[item], like)
+        return jax.tree.unflatten(jax.tree.structure(opt), [saved[number] for number in sorted(saved)])
 
     def close(self) -> None:
         """Close the metrics file and let another process write here."""
@@ -179,9 +177,20 @@ class Recorder:
         self.store.close()
 
 
-def _optimizer_item(name: str) -> str:
-    """The item of an entry of an executor's optimizer state; "" is the whole."""
-    return f"{OPTIMIZER}/{name}" if name else OPTIMIZER
+def optimizer_items(name: str, opt: Tree) -> list[tuple[str, dict[str, Any]]]:
+    """(item, its leaves by number) of an entry of an executor's optimizer state, of arrays or their shapes; "" is the
+    whole. Large ones are in several items, which follow from the shapes alone."""
+    parts: list[dict[str, Any]] = []
+    held = 0
+    for i, leaf in enumerate(jax.tree.leaves(opt)):
+        n = leaf.size * leaf.dtype.itemsize
+        if not parts or held + n > PART_BYTES:
+            parts.append({})
+            held = 0
+        parts[-1][f"{i:04d}"] = leaf
+        held += n
+    first = f"{OPTIMIZER}/{name}" if name else OPTIMIZER
+    return [(f"{first}/part{k}" if k else first, leaves) for k, leaves in enumerate(parts)]
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:

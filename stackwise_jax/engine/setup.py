@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from stackwise_jax.config import StackWiseConfig, parse_bytes
+from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.curriculum import Phase, Plan, make_plan
 from stackwise_jax.data import Dataset, Loader, Tokenizer, load_datasets, load_tokenizer, training_texts
 from stackwise_jax.engine.shape import rack_shape
@@ -17,6 +16,7 @@ from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.engine.weights import nearest_stack, stack_item
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory import Placement, make_mesh
+from stackwise_jax.memory.devices import claim_memory
 from stackwise_jax.model import Rack, can_copy, create_rack_from_config, padded_vocab, regroup
 from stackwise_jax.objectives import Vocab
 
@@ -63,9 +63,7 @@ def start_devices(config: StackWiseConfig) -> Placement:
     Raises:
         UsageError: the mesh does not fit the devices, or the batch does not fit the mesh.
     """
-    # XLA caps pinned host memory at 64 GB unless told otherwise before the first use of a device.
-    wanted = parse_bytes(config.cache.host_budget, "cache.host_budget") // 10**9 + 8
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(wanted, 64)))
+    claim_memory()
     mesh_cfg = config.mesh
     if mesh_cfg.num_processes > 1 and not jax.distributed.is_initialized():
         if mesh_cfg.coordinator is None:

@@ -114,7 +114,6 @@ class Streamed:
 
     def step(self, data: StepData) -> dict[str, jax.Array]:
         """One update; see step.train_step for the scalars."""
-        self.held.settle()
         spec, call = self._lean, self._programs.call
         embed = self._end(EMBED) if self.spec.from_tokens else None
         opened: Opened = call(pieces.open_step, (spec,), embed, data, self._constants, self._counters[0])
@@ -267,6 +266,8 @@ class Streamed:
                 dy_parts.append(dx_BTD)
             if k in self.held.learning:
                 self._learn(k, arrived.learning, arrived.opt, gradient, found.nll)
+            else:
+                self.held.settle()  # the head, before a third thing comes
             del arrived, gradient, after
             belt.advance(before)
             before = dy_parts[:]
@@ -320,8 +321,8 @@ class Streamed:
         """The last pass, where the norm of the whole gradient was waited for."""
         self.held.settle()
         waiting, self.held.waiting = self.held.waiting, {}
-        fetch, learning = self.held.fetch, self.held.learning
-        load = lambda part: (fetch(learning[part]), fetch(self.held.opt[part]), fetch(waiting.pop(part)))
+        held = self.held
+        load = lambda part: (held.weights_of(part), held.opt_of(part), held.fetch(waiting.pop(part)))
         order, before = [*waiting], None
         belt = Conveyor(load, order, self._arrivals)
         for part in order:
@@ -335,7 +336,7 @@ class Streamed:
 
     def _arrive(self, k: int, inputs: list[jax.Array] | None) -> Arrived:
         """A stack, brought to the device; on the way back with its inputs and the optimizer state."""
-        learning = self.held.fetch(self.held.learning[k]) if k in self.held.learning else {}
+        learning = self.held.weights_of(k) if k in self.held.learning else {}
         frozen = self.held.fetch(self._frozen[k])
         if inputs is None:
             return Arrived(learning, frozen, [], None)
@@ -345,7 +346,7 @@ class Streamed:
         """The optimizer state of a part on the device, where it is wanted at once."""
         if self._whole or part not in self.held.opt:
             return None
-        return self.held.fetch(self.held.opt[part])
+        return self.held.opt_of(part)
 
     def _inputs(self, x_parts: list[jax.Array]) -> list[jax.Array]:
         return self._placement.put(x_parts, self._placement.batch) if self._inputs_leave else x_parts
@@ -356,7 +357,7 @@ class Streamed:
     def _end(self, end: str) -> Tree:
         """Embedding or head on the device."""
         if end in self.held.learning:
-            return self.held.fetch(self.held.learning[end])
+            return self.held.weights_of(end)
         return self._weights.on_device(end)
 
     # Small things.

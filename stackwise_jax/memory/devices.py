@@ -13,7 +13,9 @@ import jax
 from stackwise_jax.config import parse_bytes
 from stackwise_jax.errors import UsageError
 
+MEMORY_FRACTION = 0.95  # of a GPU: what XLA's allocator may take; the driver and the libraries have the rest
 EFFICIENCY = 0.4  # share of the peak that a step is taken to reach where times are predicted
+FRAGMENTATION = 50  # one part in so many is lost between arrays
 CPU_CORE_FLOPS = 5e10  # fp32, of one core with wide vector units; a rough figure
 
 
@@ -22,12 +24,12 @@ class Device:
     """One accelerator.
 
     Attributes:
-        memory: bytes on it; None: unknown, or shared with the host (a CPU).
+        memory: bytes that arrays may take; None: unknown, or shared with the host (a CPU).
         flops: dense matrix products per second by dtype, a multiply and an add counting two, as the makers state them;
             empty: unknown. For fp32 those of the default precision, which is TF32 where there is one.
         bandwidth: bytes per second of its memory, as stated by the makers; None: unknown.
         link: bytes per second between host and device in one direction, as usually measured; None: unknown.
-        reserve: bytes that the driver, the libraries and fragmentation take.
+        reserve: of these, what fragmentation takes.
     """
 
     name: str
@@ -44,7 +46,8 @@ class Device:
 
 def _gpu(name: str, memory: float, half: float, fp32: float, bandwidth: float, link: float, bf16: float | None = None):
     rates = (("bf16", bf16 or half), ("fp16", half), ("fp32", fp32))
-    return Device(name, int(memory), rates, bandwidth, link, reserve=int(5e8 + 0.02 * memory))
+    usable = int(MEMORY_FRACTION * memory)
+    return Device(name, usable, rates, bandwidth, link, reserve=usable // FRAGMENTATION)
 
 
 # A T4 has no bf16 units: it computes as in fp32.
@@ -120,13 +123,21 @@ def _device_here() -> Device:
         return _cpu()
     limit = (device.memory_stats() or {}).get("bytes_limit")
     kind = device.device_kind.lower()
-    # The limit leaves out what driver and libraries took before; a little is lost between arrays.
     words = kind.replace("-", " ").split()
     known = next((d for d in DEVICES.values() if d.name.split("-")[0].removeprefix("rtx") in words), None)
-    reserve = 0 if limit is None else limit // 50
+    reserve = 0 if limit is None else limit // FRAGMENTATION
     if known is None:
         return Device(device.device_kind, limit, reserve=reserve)
     return dataclasses.replace(known, name=device.device_kind, memory=limit, reserve=reserve)
+
+
+def claim_memory() -> None:
+    """Tell XLA how much it may take of a GPU and of the host: nearly all, where its defaults are three quarters and 64
+    GB. Without effect once a device has been used, or where the environment says it already."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+    host = available_host_bytes()
+    if host is not None:
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(host // 10**9, 1)))
 
 
 def same_disk(a: Path | str, b: Path | str) -> bool:

@@ -126,14 +126,17 @@ class Conveyor(Generic[Key, Loaded]):
 
     def __init__(self, load: Callable[[Key], Loaded], order: Iterable[Key], pool: ThreadPoolExecutor):
         self._load, self._order, self._pool = load, iter(order), pool
-        self._coming: Future[Loaded] | None = None
+        self._coming: Future[None] | None = None
+        # What was loaded is handed over here: a thread may hold on to the result of its future for a while.
+        self._loaded: list[Loaded] = []
         self._begin()
 
     def take(self) -> Loaded:
         """The next thing in the order."""
         assert self._coming is not None, "nothing is left in the order, or `advance` was not called"
-        loaded, self._coming = self._coming.result(), None
-        return loaded
+        coming, self._coming = self._coming, None
+        coming.result()
+        return self._loaded.pop()
 
     def advance(self, settled: Any = None) -> None:
         """Wait for `settled`, what was computed with the thing before the one in use, and begin to load the next.
@@ -146,8 +149,11 @@ class Conveyor(Generic[Key, Loaded]):
 
     def _begin(self) -> None:
         for key in self._order:
-            self._coming = self._pool.submit(guarded, self._load, key)
+            self._coming = self._pool.submit(guarded, self._bring, key)
             return
+
+    def _bring(self, key: Key) -> None:
+        self._loaded.append(self._load(key))
 
 
 def guarded(function: Callable, *args: Any) -> Any:

@@ -10,6 +10,8 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+import jax
+
 from stackwise_jax.checkpoint import plain
 from stackwise_jax.errors import RunError, UsageError
 
@@ -93,6 +95,16 @@ def _explain(error: BaseException, interrupted: str) -> tuple[str, int]:
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
             where = f" at {error.filename}" if error.filename else ""
             return f"the disk is full{where}; free some space and run the same command again", FAILURE
+        case jax.errors.JaxRuntimeError() if memory := _memory_that_ran_out(text):
+            remedy = "python3 -m stackwise_jax.plan with the same arguments says what takes most and what helps"
+            return f"{memory} ran out; {remedy} ({text[:160]})", FAILURE
         case _:
             what = type(error).__name__ + (f": {text}" if text else "")
             return f"{what}; run again with --debug for the traceback", FAILURE
+
+
+def _memory_that_ran_out(text: str) -> str | None:
+    """Which memory XLA found too small, where an error of it says so."""
+    if "host memory" in text:
+        return "pinned host memory"
+    return "device memory" if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text else None
