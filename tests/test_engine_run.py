@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny import leaves, losses, metrics, same_bits, saved, step_parts, summary, tiny, train
 
-from stackwise_jax.engine import NullReporter, Run, StopFlag, load_rack, prepare
+from stackwise_jax.engine import NullReporter, Run, StopFlag, load_rack, prepare, recorder
 from stackwise_jax.engine.dryrun import abstract_step
 from stackwise_jax.engine.heldout import HELD_OUT_SEED, held_out, held_out_batches
 from stackwise_jax.engine.loop import run_phase
@@ -378,7 +378,9 @@ def test_a_copy_of_the_input_scores_nothing(objective):
     assert 0 < result["tokens"] < 0.9 * n_tokens
 
 
-def test_stopping_leaves_a_run_that_goes_on_to_the_same_end(tmp_path):
+@pytest.mark.parametrize("part_bytes", [recorder.PART_BYTES, 1000])  # optimizer state in one item, or in many
+def test_stopping_leaves_a_run_that_goes_on_to_the_same_end(part_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "PART_BYTES", part_bytes)
     stop = StopFlag()
 
     class StopAt(NullReporter):
@@ -390,6 +392,7 @@ def test_stopping_leaves_a_run_that_goes_on_to_the_same_end(tmp_path):
     with pytest.raises(RunError, match="the same command continues"):
         train(config, tmp_path / "stopped", reporter=StopAt(), stop=stop)
     assert not (tmp_path / "stopped" / "summary.json").exists()
+    assert (tmp_path / "stopped/checkpoints/optimizer/part1").exists() is (part_bytes == 1000)
     train(config, tmp_path / "stopped")
     train(config, tmp_path / "whole")
     assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
