@@ -198,11 +198,15 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_never_was(case, tmp_path, env,
         assert not [path for path in killed.rglob("*") if path.name.endswith(".tmp")]
 
 
-def test_stopped_by_a_signal_a_run_saves_says_so_and_goes_on(tmp_path, env, whole):
+DISK = {"memory.offload": "all", "memory.offload_to": "disk", "memory.stack_inputs": "host"}
+
+
+@pytest.mark.parametrize("changes", [HOST, HOST | DISK], ids=["resident", "stacks come and go"])
+def test_stopped_by_a_signal_a_run_saves_says_so_and_goes_on(changes, tmp_path, env, whole):
     stopped = tmp_path / "stopped"
     # Ctrl-C between two checkpoints, then SIGTERM in the next phase: both leave a checkpoint of the very step.
     for number, (phase, step) in ((signal.SIGINT, ("stack 0", 4)), (signal.SIGTERM, ("stack 1", 4))):
-        process = start("train", *arguments(HOST, dir=stopped), env=env)
+        process = start("train", *arguments(changes, dir=stopped), env=env)
         assert signal_at(process, stopped, within_a_step(phase, step), number)
         _, err = finish(process, code=130)
         told = re.search(rf"stopped at phase '{phase}', step (\d+); the same command continues {stopped}", err)
@@ -211,15 +215,15 @@ def test_stopped_by_a_signal_a_run_saves_says_so_and_goes_on(tmp_path, env, whol
         assert last.step > step
 
     # Twice: at once, without a save.
-    process = start("train", *arguments(HOST, dir=stopped), env=env)
+    process = start("train", *arguments(changes, dir=stopped), env=env)
     assert signal_at(process, stopped, within_a_step("stack 2", 1), signal.SIGINT)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
     assert "once more to stop at once" in err or "stopped at phase" in err
 
-    out, _ = finish(start("train", *arguments(HOST, dir=stopped), env=env))
+    out, _ = finish(start("train", *arguments(changes, dir=stopped), env=env))
     assert f"continuing {stopped}" in " ".join(out.split())
-    assert_same_end(stopped, whole(HOST))
+    assert_same_end(stopped, whole(changes))
 
 
 def test_what_a_kill_before_the_first_record_leaves_is_begun_anew(tmp_path, env, whole):
@@ -271,3 +275,15 @@ def test_a_plan_killed_after_a_border_ends_as_if_it_never_was(plan, tmp_path, en
     assert last is not None and not last.finished
     finish(start("train", *arguments(changes, dir=killed), env=env))
     assert_same_end(killed, whole(changes))
+
+
+def test_the_70b_curriculum_in_small_is_killed_and_trained_through_all_80_stages(tmp_path, env):
+    config, killed = Path(__file__).parent.parent / "configs" / "llama_70b_h200_dry.yaml", tmp_path / "killed"
+    line = ["--config", str(config), "--run.dir", str(killed)]
+    assert kill_at(start("train", *line, env=env), killed, within_a_step("stack 37", 1))
+    last = progress(killed)
+    assert last is not None and last.phase == 37
+    finish(start("train", *line, env=env))
+    ends = [row for row in rows(killed) if "held_out_loss" in row]
+    assert [row["phase"] for row in ends] == [f"stack {i}" for i in range(80)]
+    assert progress(killed).finished

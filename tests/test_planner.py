@@ -1,6 +1,7 @@
 """The planner against what is compiled and run: bytes, what fits, what would help, and that nothing is allocated."""
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from stackwise_jax.engine.streamed_bytes import piece_bytes
 from stackwise_jax.engine.weights import Weights
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory.budget import Demand, Part, shortfalls
-from stackwise_jax.memory.devices import DEVICES, Device, Machine, machine_of
+from stackwise_jax.memory.devices import DEVICES, Device, Machine, available_host_bytes, claim_memory, machine_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NOWHERE = Path("no run directory")
@@ -202,6 +203,18 @@ def test_names_of_devices_are_those_of_the_configuration():
         machine_of("h300", None, None, NOWHERE)
     here = machine_of(None, None, None, NOWHERE)
     assert here.shared and here.host is not None and here.disk is not None
+
+
+def test_a_run_may_take_what_is_planned_for(monkeypatch):
+    device, host = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    monkeypatch.delenv(device, raising=False)
+    monkeypatch.setenv(host, "7")
+    claim_memory()
+    assert float(os.environ[device]) * 141 * GB == pytest.approx(DEVICES["h200"].memory)
+    assert os.environ[host] == "7"  # what the user says wins
+    monkeypatch.delenv(host)
+    claim_memory()
+    assert int(os.environ[host]) == pytest.approx(available_host_bytes() / GB, abs=2)
 
 
 def test_the_reserve_of_a_device_counts_once(tmp_path):
