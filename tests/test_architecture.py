@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +79,8 @@ def test_foreign_packages_stay_in_their_rooms(path):
     assert room == "model" or "flax" not in roots, "only model/ knows flax"
     assert room not in ("config", "curriculum") or not roots & {"jax", "jaxlib", "optax"}, f"{room} is pure data"
     assert not roots & {"tests", "experiments"}, "tests and experiments use the package, never the reverse"
+    pallas = [name for name, _ in imports_of(path) if name.startswith("jax.") and "pallas" in name]
+    assert path.parent == ROOT / PACKAGE / "kernels" / "pallas" or not pallas, "only kernels/pallas knows pallas"
 
 
 def runs_at_import(tree: ast.AST) -> Iterator[ast.stmt]:
@@ -104,6 +108,14 @@ def test_files_and_functions_stay_short(path):
     assert len(text.splitlines()) <= 400
     functions = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
     assert [f.name for f in functions if (f.end_lineno or f.lineno) - f.lineno + 1 > 60] == []
+
+
+def test_pallas_is_not_imported_before_it_is_used():
+    code = "import sys, stackwise_jax.model, stackwise_jax.kernels.feature_attention; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = done.stdout.split()
+    assert "stackwise_jax.kernels.pallas" in loaded
+    assert [name for name in loaded if name.startswith("jax.experimental.pallas")] == []
 
 
 def safe_loaders(tree: ast.AST) -> set[str]:

@@ -1,4 +1,5 @@
-"""Attention: `api` chooses between `reference` (all scores at once) and `chunked` (query rows in chunks)."""
+"""Attention: `api` chooses between `reference` (all scores at once), `chunked` (query rows in chunks), `cudnn`, and the
+flash attention of `kernels/pallas`."""
 
 from stackwise_jax.kernels.attention.api import attention
 

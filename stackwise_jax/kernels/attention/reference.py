@@ -1,6 +1,7 @@
 """Attention in plain jnp, all scores at once: what every other implementation is held against.
 
-Legend: B batch, T query rows, S key/value rows, H query heads, K key/value heads, G = H / K, d head size.
+Legend: B batch, T query rows, S key/value rows, H query heads, K key/value heads, G = H / K, d and e sizes of a
+query-key and a value head, r size of the part of the keys that all heads share.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ def visible(
 def attention_reference(
     q_BTHd: jax.Array,
     k_BSKd: jax.Array,
-    v_BSKd: jax.Array,
+    v_BSKe: jax.Array,
     *,
     causal: bool,
+    scale: float,
+    q_shared_BTHr: jax.Array | None = None,
+    k_shared_BSr: jax.Array | None = None,
     q_segment_ids_BT: jax.Array | None = None,
     kv_segment_ids_BS: jax.Array | None = None,
     q_positions_BT: jax.Array | None = None,
     kv_positions_BS: jax.Array | None = None,
 ) -> jax.Array:
     """See `attention`; holds all B * H * T * S scores in float32."""
-    B, T, H, d = q_BTHd.shape
+    B, T, H = q_BTHd.shape[:3]
     S, K = k_BSKd.shape[1:3]
     mask = visible(
         T,
@@ -54,17 +58,26 @@ def attention_reference(
         q_positions_BT=q_positions_BT,
         kv_positions_BS=kv_positions_BS,
     )
-    q_BTKGd = q_BTHd.reshape(B, T, K, H // K, d)
-    scores_BKGTS = jnp.einsum("BTKGd,BSKd->BKGTS", q_BTKGd, k_BSKd, preferred_element_type=jnp.float32) * d**-0.5
+
+    def scores(x_BTHd, against, k_BS):
+        """float32; the groups of query heads stand where a product leaves them, or all scores would be transposed."""
+        x_BTKGd = x_BTHd.reshape(B, T, K, H // K, x_BTHd.shape[-1])
+        return jnp.einsum(f"BTKGd,{against}->BKTGS", x_BTKGd, k_BS, preferred_element_type=jnp.float32)
+
+    scores_BKTGS = scores(q_BTHd, "BSKd", k_BSKd)
+    if q_shared_BTHr is not None:
+        scores_BKTGS += scores(q_shared_BTHr, "BSd", k_shared_BSr)
+    scores_BKTGS *= scale
     if mask is None:
-        probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+        probs_BKTGS = jax.nn.softmax(scores_BKTGS, axis=-1)
     else:
-        mask_B11TS = mask[:, None, None]
+        mask_B1T1S = mask[:, None, :, None]
         # A large finite number, not -inf: the softmax of a row that sees nothing stays finite, forwards and backwards.
         hidden = -0.5 * float(jnp.finfo(jnp.float32).max)
-        probs_BKGTS = jax.nn.softmax(jnp.where(mask_B11TS, scores_BKGTS, hidden), axis=-1)
-        probs_BKGTS = jnp.where(mask_B11TS, probs_BKGTS, 0.0)
-    o_BTKGd = jnp.einsum(
-        "BKGTS,BSKd->BTKGd", probs_BKGTS.astype(v_BSKd.dtype), v_BSKd, preferred_element_type=jnp.float32
+        probs_BKTGS = jax.nn.softmax(jnp.where(mask_B1T1S, scores_BKTGS, hidden), axis=-1)
+        if any(x is not None for x in (q_segment_ids_BT, q_positions_BT, kv_positions_BS)):  # else all see row 0
+            probs_BKTGS = jnp.where(mask_B1T1S, probs_BKTGS, 0.0)
+    o_BTKGe = jnp.einsum(
+        "BKTGS,BSKe->BTKGe", probs_BKTGS.astype(v_BSKe.dtype), v_BSKe, preferred_element_type=jnp.float32
     )
-    return o_BTKGd.reshape(B, T, H, d).astype(q_BTHd.dtype)
+    return o_BTKGe.reshape(B, T, H, v_BSKe.shape[-1]).astype(q_BTHd.dtype)
