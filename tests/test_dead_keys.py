@@ -92,6 +92,7 @@ THREE = {"model.architecture.n_stacks": 3}
 ADAPT = {"curriculum.trunk": "adapt"}
 PATTERN = ADAPT | THREE | {"curriculum.adapters.strategy": "progressive"}
 SIMPLE = ADAPT | THREE | {"curriculum.adapters.rank_pattern": "increasing"}
+LATENT, KERNEL = END_TO_END | {"model.attention_type": "mla"}, END_TO_END | {"model.kernel.type": "gaussian"}
 TABLE = ADAPT | {"curriculum.adapters.strategy": "variable", "curriculum.adapters.table": [{"rank": 2}, {"rank": 2}]}
 
 CASES = {
@@ -133,6 +134,18 @@ CASES = {
     "model.vocab_multiple": Case(64, steps, END_TO_END),
     "model.attention_preset": Case("efficient_gqa", steps, END_TO_END),
     "model.attention_mode": Case("bidirectional", steps, MLM | {"objective.attention_mode": "model"}),
+    "model.attention_type": Case("low_rank", steps, END_TO_END),
+    "model.attention_implementation": Case("chunked", steps, END_TO_END),
+    "model.mla.rq": Case(3, steps, LATENT),
+    "model.mla.rkv": Case(3, steps, LATENT),
+    "model.mla.nope_dim": Case(6, steps, LATENT | {"model.mla.rope_dim": 2, "model.mla.v_dim": 4}),
+    "model.mla.rope_dim": Case(4, steps, LATENT),
+    "model.mla.v_dim": Case(3, steps, LATENT),
+    "model.kernel.type": Case("cauchy", steps, END_TO_END),
+    "model.kernel.mode": Case("linear", steps, KERNEL),
+    "model.kernel.features": Case(64, steps, KERNEL),
+    "model.kernel.bandwidth": Case(2.0, steps, KERNEL),
+    "model.kernel.learn": Case(True, steps, KERNEL),
     "model.use_rope": Case(False, steps, END_TO_END),
     "model.rope_theta": Case(5000.0, steps, END_TO_END),
     "model.dropout": Case(0.1, steps, END_TO_END),

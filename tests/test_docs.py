@@ -15,6 +15,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stackwise_jax.config import load_config, validate
@@ -295,6 +296,8 @@ def test_python_snippets_run(tmp_path, monkeypatch):
     assert [phase["name"] for phase in names["summary"]["phases"]] == ["stack 0", "stack 1"]
     assert {entry.name for entry in Path("runs/from_python").iterdir()} <= RUN_ENTRIES
 
+    names = run_snippet(ROOT / "docs" / "attention.md", "from stackwise_jax", names)
+    np.testing.assert_allclose(names["weights_BHTT"].sum(-1), 1.0, rtol=1e-5)
     names = run_snippet(ROOT / "docs" / "checkpoints.md", "from stackwise_jax", names)
     assert set(names["stack"]["blocks"]) == {"attn_norm", "attn", "mlp_norm", "mlp"}
 

@@ -60,6 +60,30 @@ def test_learning_state_and_compilations_do_not_grow_with_depth():
     assert in_runs["stackwise", 8] == in_runs["stackwise", 16]
 
 
+def test_implementations_of_attention_are_compared():
+    result = run("bench_attention.py", "lengths", "specs", "--only", "reference", "jax.nn", "--specs", "mla-4k")
+    rows = {(row["way"], row[""], row["T"]): row for row in result["lengths"]}
+    assert {key[0] for key in rows} == {"reference", "jax.nn"} and {key[2] for key in rows} == {16, 32}
+    for (way, direction, length), row in rows.items():
+        other = rows["reference", direction, length]
+        assert row["to reference"] == pytest.approx(row["ms"] / other["ms"])
+        assert row["MiB"] < rows[way, direction, 32]["MiB"] or length == 32
+    of_reference = [rows["reference", "forward", length]["ms"] for length in (16, 32)]
+    slopes = {(row["way"], row[""]): row["exponent"] for row in result["exponents"]}
+    assert slopes["reference", "forward"] == pytest.approx(math.log2(of_reference[1] / of_reference[0]))
+    assert {row["way"] for row in result["specs"]} == {"reference"}  # jax.nn knows no shared part
+    assert {(row["looks"], row[""]) for row in result["specs"]} == {
+        (looks, direction) for looks in ("back", "both ways") for direction in ("forward", "with gradient")
+    }
+
+
+@pytest.mark.slow
+def test_tiles_of_the_kernels_are_compared():
+    rows = run("bench_attention.py", "tiles", "--specs", "mla-4k")["tiles"]
+    assert [row["kernel"] for row in rows] == ["forward"] * 2 + ["queries"] * 2 + ["keys"] * 2
+    assert all(row["ms"] > 0 for row in rows) and len({row["tiles"] for row in rows}) == 3
+
+
 def test_learning_from_the_markov_source():
     result = run("learn_markov.py", "--job", "append")
     assert 0.39 < result["entropy"] < 0.41 and result["chance"] == 1 / 64

@@ -146,7 +146,7 @@ def config(**model) -> dict:
         (lambda: create_simple_rack(1, 0, 8, 8, 2, 8), r"blocks_per_stack is 0"),
         (lambda: create_simple_rack(1, 1, 8, 8, 2, 8, droput=0.1), "keyword droput; the nearest valid one is dropout"),
         (lambda: create_block_spec(64, attention_preset="gpt"), "preset 'gpt' is unknown"),
-        (lambda: create_block_spec(64, attention_type="mla"), "attention_type 'mla' is unknown"),
+        (lambda: create_block_spec(64, attention_type="mqa"), "attention_type 'mqa' is unknown"),
         (lambda: create_block_spec(64, n_kv_heads=2, attention_type="mha"), "mha has as many"),
         (lambda: create_stack_from_spec(0, 0, create_block_spec(64)), "n_blocks is 0"),
         (lambda: create_stack_from_spec(0, 1, {"d_model": 8}), "lacks d_ff and n_heads"),

@@ -64,6 +64,9 @@ FORMULAS = {
     "recomputed blocks": ("model.remat=true",),
     "microbatches": ("optimizer.microbatches=4",),
     "large vocabulary": ("model.vocab_size=4096",),
+    "latent attention": ("model.attention_type=mla",),
+    "random features": ("model.kernel.type=cauchy", "model.kernel.features=128"),
+    "linear attention": ("model.kernel.type=uniform", "model.kernel.mode=linear", "data.seq_len=512"),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from stackwise_jax.curriculum.phase import Noise
 from stackwise_jax.errors import UsageError
-from stackwise_jax.model import create_simple_rack
+from stackwise_jax.model import KernelSpec, create_simple_rack
 from stackwise_jax.objectives.batch import Vocab
 from stackwise_jax.sampling import (
     Expert,
@@ -29,11 +29,11 @@ ROOT_KEY = jax.random.key(0)
 
 
 @cache
-def build(attention_mode="causal"):
+def build(attention_mode="causal", **attention):
     """A rack whose logits depend strongly on the whole context, and its parameters."""
     rack = create_simple_rack(
         n_stacks=2, blocks_per_stack=2, d_model=32, d_ff=64, n_heads=4, n_kv_heads=2, vocab_size=48,
-        attention_mode=attention_mode,
+        attention_mode=attention_mode, **attention,
     )  # fmt: skip
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(rack.init_params, jax.random.key(0))
@@ -64,9 +64,16 @@ def best_ids(logits_TV):
     return np.asarray(logits_TV)[:, 4:40].argmax(-1) + 4
 
 
-@pytest.mark.parametrize(("n_prompt", "own_mode"), [(1, "causal"), (7, "bidirectional"), (64, "causal")])
-def test_cached_decoding_equals_full_recomputation(n_prompt, own_mode):
-    rack, params = build(own_mode)
+OTHER_ATTENTION = [{"attention_preset": "mla_attention"}, {"attention_preset": "mlgka"}]
+OTHER_ATTENTION += [{"attention_preset": "kernel_attention", "kernel": KernelSpec("gaussian", "linear", 64)}]
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "own_mode", "attention"),
+    [(1, "causal", {}), (7, "bidirectional", {}), (64, "causal", {}), *((9, "causal", how) for how in OTHER_ATTENTION)],
+)
+def test_cached_decoding_equals_full_recomputation(n_prompt, own_mode, attention):
+    rack, params = build(own_mode, **attention)
     prompt_P = prompt_of(n_prompt)
     ids = generate_causal(rack, params, prompt_P, key=ROOT_KEY, vocab=VOCAB, **GREEDY)
     assert len(ids) == n_prompt + 8

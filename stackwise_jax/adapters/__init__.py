@@ -2,6 +2,7 @@
 
 from stackwise_jax.adapters.lora import (
     adapter_count,
+    check_targets,
     detach_adapters,
     init_adapter,
     merge_adapters,
@@ -9,4 +10,12 @@ from stackwise_jax.adapters.lora import (
     split_adapters,
 )
 
-__all__ = ["adapter_count", "detach_adapters", "init_adapter", "merge_adapters", "one_adapter", "split_adapters"]
+__all__ = [
+    "adapter_count",
+    "check_targets",
+    "detach_adapters",
+    "init_adapter",
+    "merge_adapters",
+    "one_adapter",
+    "split_adapters",
+]

@@ -78,6 +78,22 @@ def adapter_count(blocks: Sequence[Block], spec: AdapterSpec) -> int:
     return spec.rank * sum(n_in + n_out for n_in, n_out in shapes)
 
 
+def check_targets(blocks: Sequence[Block], spec: AdapterSpec) -> None:
+    """Refuse targets that were chosen and that none of these blocks has; "all" is every name there is.
+
+    Raises:
+        UsageError: such a target; the sentence names those that there are.
+    """
+    there = [*dict.fromkeys(name for block in blocks for name in block.matrices)]
+    missing = [name for name in spec.targets if name not in there]
+    chosen = set(spec.targets) != set(MATRICES)
+    if missing and (chosen or len(missing) == len(spec.targets)):
+        raise UsageError(
+            f"adapters.targets names {', '.join(missing)} and model.attention_type {blocks[0].attention_type} has no "
+            f"such matrix; write any of {', '.join(there)}"
+        )
+
+
 def split_adapters(tree: Params) -> tuple[Params, Params]:
     """(learnable, fixed) of an adapter tree, or of any tree of its shape (shardings, say); absent branches dropped.
 

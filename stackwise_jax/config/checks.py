@@ -9,10 +9,11 @@ import re
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from stackwise_jax.config.schema import (
     AdaptersConfig,
+    AdapterTarget,
     CacheConfig,
     CurriculumConfig,
     DataConfig,
@@ -163,19 +164,14 @@ def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
 def _check_model(model: ModelConfig) -> None:
     _at_least(model, "model", 1, "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "vocab_multiple")
     _at_least(model.architecture, "model.architecture", 1, "n_stacks", "blocks_per_stack")
-    _need(
-        model.d_model % model.n_heads == 0,
-        "model.n_heads",
-        model.n_heads,
-        f"a divisor of model.d_model ({model.d_model})",
-    )
+    latent = (model.attention_type or model.attention_preset) in ("mla", "mla_attention", "mlgka")
+    divides = latent or model.d_model % model.n_heads == 0
+    _need(divides, "model.n_heads", model.n_heads, f"a divisor of model.d_model ({model.d_model})")
     if model.n_kv_heads is not None:
         divides = model.n_heads % model.n_kv_heads == 0
         _need(divides, "model.n_kv_heads", model.n_kv_heads, f"a divisor of model.n_heads ({model.n_heads})")
+    _check_attention(model, latent)
     if model.use_rope:
-        head_dim = model.d_model // model.n_heads
-        remedy = f"a number for which model.d_model / model.n_heads is even (it is {head_dim}; rotation needs pairs)"
-        _need(head_dim % 2 == 0, "model.n_heads", model.n_heads, remedy)
         _need(model.rope_theta > 0, "model.rope_theta", model.rope_theta, "a number above 0")
     if model.attention_preset == "custom":
         mode = model.attention_mode
@@ -185,6 +181,20 @@ def _check_model(model: ModelConfig) -> None:
     _need(model.init_std > 0, "model.init_std", model.init_std, "a number above 0")
     _need(model.residual_gain > 0, "model.residual_gain", model.residual_gain, "a number above 0")
     _at_least(model, "model", 0, "spectral_norm")
+
+
+def _check_attention(model: ModelConfig, latent: bool) -> None:
+    """Sizes of attention types and kernels; what does nothing under the others is refused where the rack is built."""
+    _at_least(model.mla, "model.mla", 1, "rq", "rkv", "nope_dim", "rope_dim", "v_dim")
+    _at_least(model.kernel, "model.kernel", 1, "features")
+    rope_dim, bandwidth = model.mla.rope_dim, model.kernel.bandwidth
+    _need(not rope_dim or rope_dim % 2 == 0, "model.mla.rope_dim", rope_dim, "an even number; rotation needs pairs")
+    _need(bandwidth > 0, "model.kernel.bandwidth", bandwidth, "a number above 0")
+    kernel = model.kernel.type or model.attention_preset in ("kernel_attention", "mlgka")
+    if model.use_rope and not latent and not kernel:
+        head_dim = model.d_model // model.n_heads
+        remedy = f"a number for which model.d_model / model.n_heads is even (it is {head_dim}; rotation needs pairs)"
+        _need(head_dim % 2 == 0, "model.n_heads", model.n_heads, remedy)
 
 
 def _check_objective(objective: ObjectiveConfig, prefix: str, config: StackWiseConfig) -> None:
@@ -274,7 +284,7 @@ def _check_adapters(adapters: AdaptersConfig, prefix: str) -> None:
     _need(0 <= adapters.dropout < 1, f"{prefix}.dropout", adapters.dropout, "a share from 0 to below 1")
     targets = adapters.targets
     fit = bool(targets) and len(set(targets)) == len(targets)
-    _need(fit, f"{prefix}.targets", targets, "at least one of q, k, v, o, gate, up, down, each once")
+    _need(fit, f"{prefix}.targets", targets, f"at least one of {', '.join(get_args(AdapterTarget))}, each once")
     _need(adapters.lr is None or adapters.lr > 0, f"{prefix}.lr", adapters.lr, "a number above 0, or null")
     _need(adapters.load_from != "", f"{prefix}.load_from", adapters.load_from, "the path of a run directory, or null")
     for i, row in enumerate(adapters.table):

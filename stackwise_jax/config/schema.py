@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Format = Literal["fp32", "bf16", "fp16", "int8", "fp8", "nf4", "nvfp4"]  # of weights that do not learn
@@ -37,7 +37,15 @@ PlanName = Literal[
 TimeKind = Literal["none", "depth", "input"]
 StackInit = Literal["random", "copy", "zero"]
 WhenLearns = Literal["auto", "always", "first", "last", "never"]
-AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+AdapterTarget = Literal[
+    "q", "k", "v", "o", "gate", "up", "down", "q_a", "q_b", "kv_a", "kv_b", "k_a", "k_b", "v_a", "v_b"
+]
+AttentionPreset = Literal[
+    "bert_style", "gpt_style", "efficient_gqa", "mla_attention", "kernel_attention", "mlgka", "custom"
+]
+AttentionType = Literal["mha", "gqa", "mla", "low_rank"]
+AttentionImplementation = Literal["auto", "reference", "chunked", "cudnn", "pallas"]
+KernelType = Literal["gaussian", "laplacian", "cauchy", "uniform", "linear"]
 AdapterStrategy = Literal["simplified", "progressive", "variable"]
 AdapterPattern = Literal["constant", "increasing", "decreasing", "linear"]
 
@@ -99,6 +107,28 @@ class ArchitectureConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Sizes of the attention types mla and low_rank. What is null has the proportions of DeepSeek-V2-Lite."""
+
+    rq: int | None = None  # rank of the queries; None: they are not compressed
+    rkv: int | None = None  # mla: of the latent of keys and values; low_rank: of each; None: a quarter of d_model
+    nope_dim: int | None = None  # mla: of a head, the part without positions; None: d_model / n_heads
+    rope_dim: int | None = None  # mla without a kernel: of a head, the rotary part; None: half of nope_dim, made even
+    v_dim: int | None = None  # mla: of a value head; None: nope_dim
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Random features in the place of the products of queries and keys (Rahimi and Recht 2007)."""
+
+    type: KernelType | None = None  # None: the preset's, which is none but for kernel_attention and mlgka
+    mode: Literal["softmax", "linear"] = "softmax"  # linear: time and memory linear in the length of a sequence
+    features: int = 128  # of a query or key head
+    bandwidth: float = 1.0  # at which distance the kernel falls off, in units of that of vectors with unit entries
+    learn: bool = False  # the random matrix learns, too
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The rack: its shape, attention and precision."""
 
@@ -108,7 +138,9 @@ class ModelConfig:
     d_ff: int = 384  # width inside the feed-forward part
     vocab_size: int | None = None  # None: the tokenizer's, padded to a multiple of vocab_multiple
     vocab_multiple: int = 128  # the vocabulary is padded to a multiple of it
-    attention_preset: Literal["bert_style", "gpt_style", "efficient_gqa", "custom"] = "gpt_style"  # mode, kv heads
+    attention_preset: AttentionPreset = "gpt_style"  # mode, type, kernel and how many key/value heads
+    attention_type: AttentionType | None = None  # how queries, keys and values are made; None: what the preset says
+    attention_implementation: AttentionImplementation = "auto"  # what cannot do the case gives way, and is logged
     attention_mode: Literal["bidirectional", "causal"] | None = None  # None: what the preset says
     use_rope: bool = True  # rotary positions
     rope_theta: float = 10_000.0  # base of the rotary frequencies
@@ -125,6 +157,8 @@ class ModelConfig:
     quantized_matmul: Literal["dequantize", "native"] = "dequantize"  # native: int8 and fp8 weights meet inputs in kind
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
 
 
 @dataclass(frozen=True)
@@ -182,9 +216,7 @@ class AdaptersConfig:
     trunk_rank: int = 4  # of the adapter that all earlier stacks get when a new one arrives; 0: none
     trunk_alpha: float = 8.0  # the same for trunk_rank
     dropout: float = 0.0  # share of the adapter's input that is dropped in training
-    targets: list[AdapterTarget] = field(  # the matrices of a block that have adapters
-        default_factory=lambda: ["q", "k", "v", "o", "gate", "up", "down"]
-    )
+    targets: list[AdapterTarget] = field(default_factory=lambda: [*get_args(AdapterTarget)])  # of a block's matrices
     strategy: AdapterStrategy = "simplified"  # one rank; ranks by depth (rank_pattern, alpha_pattern); or the table
     rank_pattern: AdapterPattern = "constant"  # progressive: from rank at the input: doubling, halving, by rank more
     alpha_pattern: AdapterPattern = "constant"  # progressive: the same for alpha

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from stackwise_jax.config.schema import AdapterTarget, Format, NoiseSchedule, ObjectiveKind, OptimizerConfig, StackInit
 from stackwise_jax.errors import UsageError
@@ -55,7 +55,7 @@ class AdapterSpec:
     rank: int
     alpha: float
     dropout: float = 0.0
-    targets: tuple[AdapterTarget, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    targets: tuple[AdapterTarget, ...] = get_args(AdapterTarget)  # of them a block has those of its attention type
 
     def __post_init__(self):
         if self.rank < 1:
@@ -65,7 +65,7 @@ class AdapterSpec:
         if not 0 <= self.dropout < 1:
             raise UsageError(f"adapters.dropout is {self.dropout}; write a share from 0 to below 1")
         if not self.targets:
-            raise UsageError("adapters.targets is empty; name at least one of q, k, v, o, gate, up, down")
+            raise UsageError(f"adapters.targets is empty; name at least one of {', '.join(get_args(AdapterTarget))}")
 
 
 @dataclass(frozen=True, kw_only=True)

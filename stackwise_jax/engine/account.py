@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -9,8 +10,10 @@ from operator import attrgetter
 from stackwise_jax.adapters import adapter_count
 from stackwise_jax.config.schema import DataConfig
 from stackwise_jax.curriculum import Phase
-from stackwise_jax.memory import BlockDims, StackDims, StepDims, phase_flops, step_flops
+from stackwise_jax.kernels.linear_attention.chunked import CHUNK
+from stackwise_jax.memory import AttentionDims, BlockDims, StackDims, StepDims, phase_flops, step_flops
 from stackwise_jax.model import Block, Rack, Stack, init_embed, init_head, regroup
+from stackwise_jax.model.linear import MATRICES
 from stackwise_jax.model.spec import count
 from stackwise_jax.objectives import max_targets
 
@@ -85,8 +88,27 @@ def _stack_dims(stack: Stack, phase: Phase, index: int) -> StackDims:
     blocks = []
     for b in stack.blocks:
         entries = _adapter_entries([b], phase, index)
-        blocks.append(BlockDims(b.d_model, b.d_ff, b.n_heads, b.kv_heads, b.freeze_up_proj, entries))
+        attention = _attention_dims(b, phase.attention_mode or b.attention_mode)
+        blocks.append(BlockDims(b.d_model, b.d_ff, b.n_heads, b.kv_heads, b.freeze_up_proj, entries, attention))
     return StackDims(tuple(blocks), learns=index in phase.train, adapters_learn=index in phase.adapt)
+
+
+def _attention_dims(block: Block, mode: str) -> AttentionDims:
+    heads, kv_heads, kernel = block.n_heads, block.kv_heads, block.kernel
+    shapes = [shape for name, shape in block.matrices.items() if MATRICES[name] == "attn"]
+    weights = sum(n_in * n_out for n_in, n_out in shapes)
+    if kernel is None:
+        return AttentionDims(weights, scored=heads * (block.qk_dim + block.rotary_dim + block.v_dim))
+    features = AttentionDims(
+        weights,
+        scored=heads * (kernel.features + block.v_dim),
+        projected=(heads + kv_heads) * block.qk_dim * kernel.columns,
+        projection_learns=kernel.learn,
+    )
+    if kernel.mode == "softmax" or block.attention_implementation == "reference":
+        return features
+    state, scans = (heads + kv_heads) * kernel.features * block.v_dim, 1 if mode == "causal" else 2
+    return dataclasses.replace(features, state=state, chunk=CHUNK, scans=scans)
 
 
 def _adapter_entries(blocks: Sequence[Block], phase: Phase, index: int) -> int:

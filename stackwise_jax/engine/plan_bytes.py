@@ -18,9 +18,10 @@ from jax.extend.core import Literal
 
 from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.engine.optimizer import CHUNK_8BIT
-from stackwise_jax.kernels.attention.api import MAX_REFERENCE_SCORES
+from stackwise_jax.kernels.attention.api import in_pieces
 from stackwise_jax.kernels.attention.chunked import MAX_SCORES
 from stackwise_jax.kernels.cross_entropy.chunked import default_chunk
+from stackwise_jax.kernels.linear_attention.chunked import CHUNK
 from stackwise_jax.model import Block, Rack, Stack, combine, dtype_of
 
 Tree = Any
@@ -31,6 +32,7 @@ UPDATE_COPIES = {"adamw": 1.5, "lion": 1.3, "sgd": 1.3, "adafactor": 1.3, "muon"
 PART_COPIES = 2.4
 # Of attention's scores in float32 at a time: scores, probabilities, and their gradient if there is one.
 SCORE_COPIES = {True: 3, False: 2}
+FEATURE_COPIES = 2  # of random features in float32: phases, exponents or features, and their gradient
 LOGIT_COPIES = 2.5  # of a chunk of logits in float32: logits, their gradient in float32 and in the compute dtype
 
 
@@ -79,7 +81,11 @@ def block_moment(block: Block, rows: int, seq_len: int, learns: bool) -> int:
     rows: sequences of a microbatch on one device.
     """
     itemsize = width(block.compute_dtype)
-    activations = rows * seq_len * (3 * block.d_ff + 4 * block.d_model) * itemsize
+    heads, kv_heads = block.n_heads, block.kv_heads
+    made = heads * (block.qk_dim + block.rotary_dim) + kv_heads * (block.qk_dim + block.v_dim)
+    activations = rows * seq_len * (3 * block.d_ff + block.d_model + max(made, 3 * block.d_model)) * itemsize
+    if block.kernel is not None:  # phases and features in float32
+        activations += FEATURE_COPIES * rows * seq_len * (heads + kv_heads) * block.kernel.features * 4
     matrices = sum(n_in * n_out for n_in, n_out in block.matrices.values())
     casts = matrices * itemsize if block.compute_dtype != block.param_dtype or not learns else 0
     return activations + casts + score_bytes(block, rows, seq_len)
@@ -87,8 +93,10 @@ def block_moment(block: Block, rows: int, seq_len: int, learns: bool) -> int:
 
 def score_bytes(block: Block, rows: int, seq_len: int, *, backward: bool = True) -> int:
     """Bytes of attention's scores while they exist, of one block."""
-    held = seq_len * seq_len
-    if held > MAX_REFERENCE_SCORES:
+    held, way = seq_len * seq_len, block.attention_implementation
+    if block.kernel is not None and block.kernel.mode == "linear":
+        held = held if way == "reference" else min(seq_len, CHUNK) ** 2
+    elif way == "chunked" or (way != "reference" and in_pieces(seq_len, seq_len) == "chunked"):
         held = min(held, max(seq_len, MAX_SCORES))
     return SCORE_COPIES[backward] * rows * block.n_heads * held * 4
 

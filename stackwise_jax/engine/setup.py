@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from stackwise_jax.adapters import check_targets
 from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.curriculum import Phase, Plan, make_plan
 from stackwise_jax.data import Dataset, Loader, Tokenizer, load_datasets, load_tokenizer, training_texts
@@ -98,6 +99,8 @@ def prepare(config: StackWiseConfig, run_dir: Path, rack: Rack | None = None) ->
     plan = make_plan(config, rack_shape(rack, config.data))
     _check_attention(rack, plan)
     rack = regroup(rack, plan.stack_sizes)
+    for adapter in (adapter for phase in plan.phases for adapter in phase.adapters):
+        check_targets(rack.stacks[adapter.stack].blocks, adapter.spec)
     saved = saved_items(run_dir)
     origin, adapters = origin_for(config, rack, tokenizer, saved), adapters_for(config, rack, plan, saved)
     existing = {i for i in range(len(rack.stacks)) if stack_item(i) in saved}

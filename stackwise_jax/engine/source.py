@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 Tree = Any
 # What of a block does not change the meaning of its weights.
-FREE_FIELDS = frozenset({"attention_mode", "dropout", "freeze_up_proj", "param_dtype", "compute_dtype"})
+FREE_KEYS = frozenset({"attention_mode", "dropout", "freeze_up_proj", "param_dtype", "compute_dtype"})
+FREE_KEYS |= {"attention_implementation", "kernel.learn"}
 
 
 class Source:
@@ -186,16 +187,23 @@ def check_fits(source: Source, stacks: dict[int, int], rack: Rack, key: str) -> 
                 f"model.architecture.blocks_per_stack {len(old)}"
             )
         for a, b in zip(new, old, strict=True):
-            if name := _difference(a, b):
+            here, there = _keys(a), _keys(b)
+            if name := next((name for name in there | here if there.get(name) != here.get(name)), None):
                 raise UsageError(
-                    f"{where}: {name} of its stack {theirs} is {getattr(b, name)} and of stack {ours} here "
-                    f"{getattr(a, name)}; write model.{name} {getattr(b, name)}"
+                    f"{where}: {name} of its stack {theirs} is {there.get(name)} and of stack {ours} here "
+                    f"{here.get(name)}; write model.{name} {there.get(name)}"
                 )
 
 
-def _difference(a: Block, b: Block) -> str | None:
-    names = [f.name for f in dataclasses.fields(a) if f.name not in FREE_FIELDS | {"parent", "name"}]
-    return next((name for name in names if getattr(a, name) != getattr(b, name)), None)
+def _keys(block: Block) -> dict[str, Any]:
+    """What gives the weights of a block their meaning, by the names of its keys."""
+    fields = [f.name for f in dataclasses.fields(block) if f.name not in ("parent", "name")]
+    found: dict[str, Any] = {}
+    for name in fields:
+        value = getattr(block, name)
+        nested = vars(value) if name in ("mla", "kernel") and value is not None else None
+        found |= {name: value} if nested is None else {f"{name}.{key}": inner for key, inner in nested.items()}
+    return {name: value for name, value in found.items() if name not in FREE_KEYS}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from stackwise_jax.memory.cache import ActivationCache, cache_key
 from stackwise_jax.memory.choice import CacheChoice, choose_cache
 from stackwise_jax.memory.flops import (
+    AttentionDims,
     BlockDims,
     StackDims,
     StepDims,
@@ -23,6 +24,7 @@ from stackwise_jax.memory.placement import (
 
 __all__ = [
     "ActivationCache",
+    "AttentionDims",
     "BlockDims",
     "CacheChoice",
     "Conveyor",

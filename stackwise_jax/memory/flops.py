@@ -1,14 +1,33 @@
 """Floating-point operations of a phase by formula: a multiply and an add count two.
 
-Counted are the matrix products of weights, of adapters and of attention (in full, not halved for causal masks). Not
-counted are norms, softmax, activations, the embedding, the distance of a consistency loss, the power iteration of
-spectral norms, the optimizer, and evaluation. The backward pass costs one forward for the gradients of the inputs (two
-for attention, both of whose operands are activations) and one for those of the weights and adapters that learn.
+Counted are the matrix products of weights, of adapters, of random features and of attention (in full, not halved for
+causal masks). Not counted are norms, softmax, activations, the embedding, the distance of a consistency loss, the power
+iteration of spectral norms, the optimizer, and evaluation. The backward pass costs one forward for the gradients of the
+inputs (two for attention, both of whose operands are activations) and one for those of the weights and adapters that
+learn. Linear attention computes each chunk again in the backward pass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionDims:
+    """What attention multiplies, in entries; a product of two counts two FLOPs."""
+
+    weights: int  # of its matrices
+    scored: int  # per token and position that it meets: sizes of keys and values as they are multiplied, over all heads
+    projected: int = 0  # per token, with random matrices
+    projection_learns: bool = False
+    state: int = 0  # per token, into and out of a state of linear attention
+    chunk: int | None = None  # linear attention meets the positions of a chunk of at most so many; None: it meets all
+    scans: int = 1  # of linear attention: two where it looks both ways
+
+    def products(self, seq_len: int) -> int:
+        """Products of activations with each other, per token."""
+        met = seq_len if self.chunk is None else -(-seq_len // -(-seq_len // self.chunk))
+        return self.scans * (met * self.scored + self.state)
 
 
 @dataclass(frozen=True)
@@ -21,12 +40,15 @@ class BlockDims:
     n_kv_heads: int
     freeze_up_proj: bool = False
     adapter_entries: int = 0  # of the matrices a and b of all its adapters
+    other_attention: AttentionDims | None = None  # None: multi-head attention, grouped by n_kv_heads
 
     @property
-    def attention_weights(self) -> int:
-        """Entries of the matrices q, k, v and o."""
+    def attention(self) -> AttentionDims:
+        """What its attention multiplies."""
+        if self.other_attention is not None:
+            return self.other_attention
         d_kv = self.d_model // self.n_heads * self.n_kv_heads
-        return 2 * self.d_model * (self.d_model + d_kv)
+        return AttentionDims(weights=2 * self.d_model * (self.d_model + d_kv), scored=2 * self.d_model)
 
     @property
     def ff_matrix(self) -> int:
@@ -35,15 +57,17 @@ class BlockDims:
 
     def forward(self, seq_len: int) -> int:
         """Forward FLOPs per token."""
-        return self._products() + self._attention(seq_len)
+        return self._products() + 2 * self.attention.products(seq_len)
 
     def backward_inputs(self, seq_len: int) -> int:
         """FLOPs per token of the gradients of all activations."""
-        return self._products() + 2 * self._attention(seq_len)
+        passes = 2 if self.attention.chunk is None else 3
+        return self._products() + passes * 2 * self.attention.products(seq_len)
 
     def backward_weights(self) -> int:
         """FLOPs per token of the gradients of the weights, where they learn."""
-        return 2 * (self.attention_weights + (2 if self.freeze_up_proj else 3) * self.ff_matrix)
+        attention = self.attention.weights + (self.attention.projected if self.attention.projection_learns else 0)
+        return 2 * (attention + (2 if self.freeze_up_proj else 3) * self.ff_matrix)
 
     def backward_adapters(self) -> int:
         """FLOPs per token of the gradients of the adapters, where they learn."""
@@ -55,10 +79,8 @@ class BlockDims:
         return self.forward(seq_len) - 2 * self.ff_matrix
 
     def _products(self) -> int:
-        return 2 * (self.attention_weights + 3 * self.ff_matrix + self.adapter_entries)
-
-    def _attention(self, seq_len: int) -> int:
-        return 4 * seq_len * self.d_model  # scores and weighted sum, over all heads
+        weights = self.attention.weights + self.attention.projected
+        return 2 * (weights + 3 * self.ff_matrix + self.adapter_entries)
 
 
 def block_forward_flops(d_model: int, d_ff: int, n_heads: int, n_kv_heads: int, seq_len: int) -> int:

@@ -19,6 +19,7 @@ from stackwise_jax.model.editing import (
     remove_stack,
     split_stack,
 )
+from stackwise_jax.model.features import KernelSpec
 from stackwise_jax.model.functional import (
     decode,
     embed_tokens,
@@ -36,6 +37,7 @@ from stackwise_jax.model.functional import (
     stack_name,
 )
 from stackwise_jax.model.growth import can_copy, zero_outputs
+from stackwise_jax.model.mla import MLASpec
 from stackwise_jax.model.partition import combine, split_fixed
 from stackwise_jax.model.presets import PRESETS, resolve_attention
 from stackwise_jax.model.rack import Rack
@@ -55,6 +57,8 @@ __all__ = [
     "PRESETS",
     "Block",
     "Edited",
+    "KernelSpec",
+    "MLASpec",
     "Params",
     "Rack",
     "Stack",

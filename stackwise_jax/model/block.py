@@ -5,24 +5,31 @@ Legend: B batch, T sequence, S new positions while decoding, D d_model.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stackwise_jax.kernels.attention.api import Implementation as AttentionImplementation
 from stackwise_jax.memory.quantized import Implementation
 from stackwise_jax.model.attention import (
+    SHAPES,
     attention_shapes,
     cached_attention,
     init_attention,
     init_attention_cache,
     self_attention,
 )
+from stackwise_jax.model.features import KernelSpec
+from stackwise_jax.model.mla import MLASpec
 from stackwise_jax.model.mlp import init_mlp, mlp, mlp_shapes
 from stackwise_jax.model.norm import init_norm, rms_norm
-from stackwise_jax.model.spec import Params, dtype_of, module_params, require
+from stackwise_jax.model.spec import Params, dtype_of, module_params, require, size_of, unbound
 
+ATTENTION_TYPES = (*SHAPES,)
+ATTENTION_IMPLEMENTATIONS = get_args(AttentionImplementation)
 ATTENTION_MODES = ("bidirectional", "causal")
 QUANTIZED_MATMULS = ("dequantize", "native")
 
@@ -33,8 +40,12 @@ class Block(nn.Module):
     Initial values: matrices are normal with standard deviation 1 / sqrt(n_in), those that write into the residual
     stream (`o` and `down`) with a fifth of that (GPT-2's 1 / sqrt(2 * blocks) at 12 blocks, but the same at any depth,
     so that regrouping and growing change no initial value); norm scales are one. Embedding and head are the Rack's.
-    With `freeze_up_proj` the up-projection keeps its initial values for good: `partition.split_fixed` keeps it out of
-    what learns.
+    With `freeze_up_proj` the up-projection keeps its initial values for good, and so does the random matrix of a kernel
+    unless `kernel.learn`: `partition.split_fixed` keeps them out of what learns.
+
+    Attention: `attention_type` says how queries, keys and values are made. mha and gqa are told apart by n_kv_heads
+    alone; mla and low_rank have their sizes in `mla`. `kernel` puts a kernel's random features in the place of their
+    products (model/attention.py). `attention_implementation` asks for a way to compute it (kernels/attention/api.py).
 
     The residual stream and the matrices work in `compute_dtype`; norms, softmax and RoPE angles in float32. Dropout is
     on the two branches, just before they are added. Two options for deep or long training: `residual_gain` multiplies
@@ -43,6 +54,7 @@ class Block(nn.Module):
 
     Parameters: {"attn_norm": {"scale"}, "attn": {"q", "k", "v", "o"}, "mlp_norm": {"scale"}, "mlp": {"gate", "up",
     "down"}}, each matrix {"kernel": (in, out)}, and "adapters" next to it where there are some (see linear.linear).
+    Other attention has other matrices in "attn" (`matrices`), norms and "features" (attention.init_attention).
     A kernel that does not learn may be a QuantizedTensor; `quantized_matmul` says how it is multiplied
     (memory.quantized.matmul).
 
@@ -54,6 +66,10 @@ class Block(nn.Module):
     d_ff: int
     n_heads: int
     n_kv_heads: int | None = None  # None: as many as n_heads
+    attention_type: str = "mha"
+    mla: MLASpec | None = None  # None: the usual sizes where attention_type needs some
+    kernel: KernelSpec | None = None  # None: a softmax over the products of queries and keys
+    attention_implementation: AttentionImplementation = "auto"
     attention_mode: str = "causal"
     dropout: float = 0.0
     freeze_up_proj: bool = True
@@ -69,15 +85,22 @@ class Block(nn.Module):
     def __post_init__(self):
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
+        self._validate_attention()
         self._validate()
         super().__post_init__()
 
     @nn.nowrap
-    def _validate(self):
+    def _validate_attention(self):
+        """Refuse impossible attention; of equal blocks make equal specs."""
         for name in ("d_model", "d_ff", "n_heads", "n_kv_heads"):
             require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; write at least 1")
+        kind, sized = self.attention_type, self.attention_type in ("mla", "low_rank")
         require(
-            self.d_model % self.n_heads == 0,
+            kind in ATTENTION_TYPES,
+            f"attention type '{kind}' is unknown (model.attention_type); write one of {[*ATTENTION_TYPES]}",
+        )
+        require(
+            kind == "mla" or self.d_model % self.n_heads == 0,
             f"model.n_heads {self.n_heads} does not divide model.d_model {self.d_model}; write a divisor of it",
         )
         require(
@@ -85,10 +108,37 @@ class Block(nn.Module):
             f"model.n_kv_heads {self.n_kv_heads} does not divide model.n_heads {self.n_heads}; write a divisor of it",
         )
         require(
-            not self.use_rope or self.head_dim % 2 == 0,
-            f"model.use_rope needs an even head size, and model.d_model / model.n_heads is {self.head_dim}; "
-            "change model.n_heads or set model.use_rope false",
+            sized or self.mla is None,
+            f"model.mla is given and model.attention_type is {kind}; write mla or low_rank there, or leave it out",
         )
+        require(
+            self.attention_implementation in ATTENTION_IMPLEMENTATIONS,
+            f"model.attention_implementation is '{self.attention_implementation}'; write one of "
+            f"{[*ATTENTION_IMPLEMENTATIONS]}",
+        )
+        if not sized:
+            object.__setattr__(self, "attention_type", "mha" if self.kv_heads == self.n_heads else "gqa")
+        elif kind == "low_rank" or self.mla is None:
+            ranks = {} if self.mla is None else {"rq": self.mla.rq, "rkv": self.mla.rkv}
+            object.__setattr__(self, "mla", MLASpec.of(self.d_model, self.n_heads, **ranks))
+        if self.use_rope:
+            self._validate_rotation()
+
+    @nn.nowrap
+    def _validate_rotation(self):
+        """RoPE turns pairs of entries of a head, unless it has a rotary part or features of phases."""
+        parted = self.rotates and self.attention_type == "mla"
+        if parted or (self.kernel is not None and (self.kernel.trigonometric or self.kernel.mode == "softmax")):
+            return
+        key = "model.mla.nope_dim" if self.attention_type == "mla" else "model.d_model / model.n_heads"
+        require(
+            self.qk_dim % 2 == 0,
+            f"model.use_rope needs an even head size, and {key} is {self.qk_dim}; change it or set "
+            "model.use_rope false",
+        )
+
+    @nn.nowrap
+    def _validate(self):
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; write a positive number")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; write a share from 0 to below 1")
         require(self.residual_gain > 0, f"model.residual_gain is {self.residual_gain}; write a number above 0")
@@ -111,7 +161,39 @@ class Block(nn.Module):
 
     @property
     def head_dim(self) -> int:
+        """d_model cut into heads; the sizes of latent attention are its own."""
         return self.d_model // self.n_heads
+
+    @property
+    def latent(self) -> MLASpec | None:
+        """The sizes of latent attention; None: the block has another."""
+        return self.mla if self.attention_type == "mla" else None
+
+    @property
+    def qk_dim(self) -> int:
+        """Size of a query or key head, of latent attention without its rotary part."""
+        return self.head_dim if self.latent is None else self.latent.nope_dim
+
+    @property
+    def v_dim(self) -> int:
+        """Size of a value head."""
+        return self.head_dim if self.latent is None else self.latent.v_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Size of the rotary part that a head of latent attention has beside qk_dim."""
+        return self.latent.rope_dim if self.latent is not None and self.rotates else 0
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys, or parts of them, are rotated; positions enter a kernel with its features."""
+        return self.use_rope and self.kernel is None
+
+    @property
+    def fixed(self) -> tuple[tuple[str, str], ...]:
+        """(branch, name) of the parameters that never learn."""
+        up = (("mlp", "up"),) if self.freeze_up_proj else ()
+        return up if self.kernel is None or self.kernel.learn else (*up, ("attn", "features"))
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -135,15 +217,17 @@ class Block(nn.Module):
         }
 
     @nn.nowrap
-    def init_cache(self, batch: int, max_len: int, dtype: Any) -> Params:
-        """An empty key/value cache for `decode`: {"k", "v": (B, max_len, n_kv_heads, head_dim)}."""
+    def init_cache(self, batch: int, max_len: int, dtype: Any) -> Any:
+        """An empty cache for `decode`: {"k", "v": (B, max_len, n_kv_heads, head_dim)}, or what other attention keeps
+        (attention.init_attention_cache)."""
         return init_attention_cache(self, batch, max_len, dtype)
 
     @nn.nowrap
     def parameter_count(self, trainable_only: bool = False) -> int:
-        """Numbers in the block; with `trainable_only` without a frozen up-projection."""
-        fixed = self.d_model * self.d_ff if trainable_only and self.freeze_up_proj else 0
-        return sum(n_in * n_out for n_in, n_out in self.matrices.values()) + 2 * self.d_model - fixed
+        """Numbers in the block; with `trainable_only` without what is fixed."""
+        shapes = _shapes(unbound(self))  # pyright: ignore[reportArgumentType]
+        fixed = sum(size_of(shapes[branch][name]) for branch, name in self.fixed)
+        return size_of(shapes) - (fixed if trainable_only else 0)
 
     def __call__(
         self,
@@ -178,12 +262,17 @@ class Block(nn.Module):
         branch_BTD = mlp(self, params["mlp"], rms_norm(x_BTD, params["mlp_norm"], self.norm_eps), adapter_key)
         return self._add(x_BTD, self._drop(branch_BTD, dropout_key, 1))
 
-    def decode(self, x_BSD: jax.Array, positions_BS: jax.Array, cache: Params) -> tuple[jax.Array, Params]:
-        """S new positions, causally, over what the cache holds: (y_BSD, cache); positions are indices into it."""
+    def decode(
+        self, x_BSD: jax.Array, positions_BS: jax.Array, cache: Any, valid_BS: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """S new positions, causally, over what the cache holds: (y_BSD, cache); positions are indices into it.
+
+        valid_BS: False where a position is padding or will be decoded again; None: nowhere.
+        """
         params = module_params(self, self.init_params)
         x_BSD = x_BSD.astype(dtype_of(self.compute_dtype))
         normed_BSD = rms_norm(x_BSD, params["attn_norm"], self.norm_eps)
-        branch_BSD, cache = cached_attention(self, params["attn"], normed_BSD, positions_BS, cache)
+        branch_BSD, cache = cached_attention(self, params["attn"], normed_BSD, positions_BS, cache, valid_BS)
         x_BSD = self._add(x_BSD, branch_BSD)
         branch_BSD = mlp(self, params["mlp"], rms_norm(x_BSD, params["mlp_norm"], self.norm_eps))
         return self._add(x_BSD, branch_BSD), cache
@@ -198,6 +287,12 @@ class Block(nn.Module):
             return x_BTD
         kept_BTD = jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - self.dropout, x_BTD.shape)
         return jnp.where(kept_BTD, x_BTD / (1.0 - self.dropout), jnp.zeros((), x_BTD.dtype))
+
+
+@functools.cache
+def _shapes(block: Block) -> Params:
+    """The shapes of a block's parameters."""
+    return jax.eval_shape(block.init_params, jax.random.key(0))
 
 
 def check_mode(mode: str) -> str:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stackwise_jax.config.loading import config_from_dict
 from stackwise_jax.config.schema import StackWiseConfig
 from stackwise_jax.errors import UsageError
+from stackwise_jax.kernels.attention.api import Implementation as AttentionImplementation
 from stackwise_jax.memory.quantized import Implementation
 from stackwise_jax.model.block import Block
-from stackwise_jax.model.presets import grouped_heads, resolve_attention
+from stackwise_jax.model.features import KernelSpec
+from stackwise_jax.model.mla import MLASpec
+from stackwise_jax.model.presets import attention_fields
 from stackwise_jax.model.rack import Rack
-from stackwise_jax.model.spec import require
+from stackwise_jax.model.spec import refuse_unknown, require
 from stackwise_jax.model.stack import Stack
 
-ATTENTION_TYPES = ("mha", "gqa")
 STACK_KEYS = ("stack_id", "n_blocks", "block_spec", "freeze_blocks", "remat")
 
 
@@ -30,6 +31,9 @@ def create_block_spec(
     attention_preset: str = "bert_style",
     attention_type: str | None = None,
     attention_mode: str | None = None,
+    mla: MLASpec | Mapping[str, int | None] | None = None,
+    kernel: KernelSpec | Mapping[str, Any] | str | None = None,
+    attention_implementation: AttentionImplementation = "auto",
     dropout: float = 0.0,
     freeze_up_proj: bool = True,
     use_rope: bool = True,
@@ -43,31 +47,22 @@ def create_block_spec(
 ) -> dict[str, Any]:
     """The keyword arguments of a Block, with the attention preset resolved and everything checked.
 
-    d_ff None: 4 * d_model. attention_mode None: what the preset says. attention_type "mha" or "gqa" says how keys and
-    values are shared where n_kv_heads does not: "gqa" alone takes a quarter of the heads.
+    d_ff None: 4 * d_model. attention_mode, attention_type and kernel None: what the preset says. attention_type "mha"
+    or "gqa" says how keys and values are shared where n_kv_heads does not: "gqa" alone takes a quarter of the heads.
+
+    mla: sizes of "mla" and "low_rank" (rq, rkv, nope_dim, rope_dim, v_dim); those left out are MLASpec.of's. kernel:
+    the fields of a KernelSpec, or only its type; a type that is left out is the preset's.
 
     Raises:
         UsageError: a value is impossible; the sentence names its key.
     """
-    if attention_type is not None:
-        require(
-            attention_type in ATTENTION_TYPES,
-            f"attention_type '{attention_type}' is unknown; write one of {[*ATTENTION_TYPES]}",
-        )
-        require(
-            attention_type == "gqa" or n_kv_heads in (None, n_heads),
-            f"attention_type mha has as many key/value heads as heads, and n_kv_heads is {n_kv_heads}; "
-            "leave it out or write attention_type gqa",
-        )
-        if n_kv_heads is None and n_heads >= 1:
-            n_kv_heads = n_heads if attention_type == "mha" else grouped_heads(n_heads)
-    attention_mode, n_kv_heads = resolve_attention(attention_preset, n_heads, n_kv_heads, attention_mode)
+    sizes, given = (d_model, n_heads, n_kv_heads), (attention_type, attention_mode, mla, kernel)
     spec = {
         "d_model": d_model,
         "d_ff": 4 * d_model if d_ff is None else d_ff,
         "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        "attention_mode": attention_mode,
+        **attention_fields(attention_preset, *sizes, *given, use_rope),
+        "attention_implementation": attention_implementation,
         "dropout": dropout,
         "freeze_up_proj": freeze_up_proj,
         "use_rope": use_rope,
@@ -122,7 +117,7 @@ def create_simple_rack(
     """
     require(n_stacks >= 1, f"model.architecture.n_stacks is {n_stacks}; write at least 1")
     require(blocks_per_stack >= 1, f"model.architecture.blocks_per_stack is {blocks_per_stack}; write at least 1")
-    _refuse_unknown(
+    refuse_unknown(
         block, [f.name for f in dataclasses.fields(Block)] + ["attention_preset", "attention_type"], "keyword"
     )
     spec = create_block_spec(d_model, d_ff, n_heads, n_kv_heads, **block)
@@ -147,7 +142,7 @@ def create_rack_from_specs(
     """
     stacks = []
     for i, spec in enumerate(stack_specs):
-        _refuse_unknown(spec, STACK_KEYS, f"key in stack_specs[{i}]:")
+        refuse_unknown(spec, STACK_KEYS, f"key in stack_specs[{i}]:")
         missing = sorted({"n_blocks", "block_spec"} - set(spec))
         require(not missing, f"stack_specs[{i}] lacks {' and '.join(missing)}; add it")
         stack_id = spec.get("stack_id", i)
@@ -182,7 +177,11 @@ def create_rack_from_config(config: StackWiseConfig | Mapping[str, Any], vocab_s
         model.n_heads,
         model.n_kv_heads,
         attention_preset=model.attention_preset,
+        attention_type=model.attention_type,
         attention_mode=model.attention_mode,
+        mla=dataclasses.asdict(model.mla),
+        kernel=dataclasses.asdict(model.kernel),
+        attention_implementation=model.attention_implementation,
         dropout=model.dropout,
         freeze_up_proj=model.freeze_up_proj,
         use_rope=model.use_rope,
@@ -224,7 +223,7 @@ def padded_vocab(given: int | None, tokenizer_size: int | None, multiple: int) -
 
 
 def _block(spec: Mapping[str, Any]) -> Block:
-    _refuse_unknown(spec, [f.name for f in dataclasses.fields(Block)], "key in block_spec:")
+    refuse_unknown(spec, [f.name for f in dataclasses.fields(Block)], "key in block_spec:")
     missing = [name for name in ("d_model", "d_ff", "n_heads") if name not in spec]
     require(not missing, f"block_spec lacks {' and '.join(missing)}; make it with create_block_spec")
     return Block(**spec, parent=None)
@@ -247,10 +246,3 @@ def _rack(
         time_embedding=time_embedding,
         parent=None,
     )
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise UsageError(f"unknown {what} {name}; the nearest valid one is {near[0]}")

@@ -9,8 +9,12 @@ from typing import Any
 import flax.linen as nn
 
 from stackwise_jax.model.block import Block
+from stackwise_jax.model.features import KernelSpec
+from stackwise_jax.model.mla import MLASpec
 from stackwise_jax.model.rack import Rack
 from stackwise_jax.model.stack import Stack
+
+SPECS = {"mla": MLASpec, "kernel": KernelSpec}  # fields of a Block that have fields of their own
 
 
 def _fields(module: nn.Module, without: str) -> dict[str, Any]:
@@ -18,12 +22,22 @@ def _fields(module: nn.Module, without: str) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
 
 
+def _block_fields(block: Block) -> dict[str, Any]:
+    fields = _fields(block, "")
+    return fields | {name: dataclasses.asdict(fields[name]) for name in SPECS if fields[name] is not None}
+
+
+def _block(fields: dict[str, Any]) -> Block:
+    specs = {name: make(**fields[name]) for name, make in SPECS.items() if fields.get(name) is not None}
+    return Block(**{**fields, **specs}, parent=None)
+
+
 def rack_to_dict(rack: Rack) -> dict[str, Any]:
     """The rack as JSON-able data; neighbouring equal blocks are written once, with their number."""
     stacks = []
     for stack in rack.stacks:
         runs = [(block, len(list(run))) for block, run in groupby(stack.blocks)]
-        blocks = [{"n_blocks": n, "block": _fields(block, "")} for block, n in runs]
+        blocks = [{"n_blocks": n, "block": _block_fields(block)} for block, n in runs]
         stacks.append(_fields(stack, "blocks") | {"blocks": blocks})
     return _fields(rack, "stacks") | {"stacks": stacks}
 
@@ -36,7 +50,7 @@ def rack_from_dict(given: dict[str, Any]) -> Rack:
     """
     stacks = []
     for stack in given["stacks"]:
-        blocks = [Block(**run["block"], parent=None) for run in stack["blocks"] for _ in range(run["n_blocks"])]
+        blocks = [_block(run["block"]) for run in stack["blocks"] for _ in range(run["n_blocks"])]
         fields: dict[str, Any] = stack | {"blocks": tuple(blocks)}
         stacks.append(Stack(**fields, parent=None))
     fields = given | {"stacks": tuple(stacks)}

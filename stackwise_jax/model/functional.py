@@ -138,8 +138,8 @@ def path(rack: Rack, depth: int | None) -> tuple[Stack, ...]:
     return tuple(rack.stacks[:depth])
 
 
-def init_cache(rack: Rack, batch: int, max_len: int, dtype: Any = None, depth: int | None = None) -> list[Params]:
-    """An empty key/value cache per stack for `decode`; dtype None: the compute dtype."""
+def init_cache(rack: Rack, batch: int, max_len: int, dtype: Any = None, depth: int | None = None) -> list[Any]:
+    """An empty cache per stack for `decode`; dtype None: the compute dtype."""
     dtype = dtype_of(rack.compute_dtype) if dtype is None else dtype
     return [stack.init_cache(batch, max_len, dtype) for stack in path(rack, depth)]
 
@@ -149,17 +149,24 @@ def decode(
     params: Params,
     tokens_BS: jax.Array,
     positions_BS: jax.Array,
-    caches: list[Params],
+    caches: list[Any],
     depth: int | None = None,
-) -> tuple[jax.Array, list[Params]]:
+    valid_BS: jax.Array | None = None,
+) -> tuple[jax.Array, list[Any]]:
     """Logits (B, S, V) float32 of S new tokens at these indices of the cache, and the caches that hold them too.
+
+    Tokens come in the order of their positions, each once. valid_BS is False where one does not count: padding behind
+    a prompt, or a token that will be decoded again. Its logits mean nothing, and what it leaves in a cache is written
+    over when its position is decoded (a state of linear attention, which nothing can be taken out of, leaves it out).
+    None: all count.
 
     A time embedding is told that nothing is hidden: what is decoded is the text itself.
     """
     hidden_B = None if rack.time_embedding == "none" else jnp.zeros(tokens_BS.shape[0], jnp.float32)
     x_BSD, new_caches = embed_tokens(rack, params["embed"], tokens_BS, hidden_B), []
     for i, stack in enumerate(path(rack, depth)):
-        x_BSD, cache = call(stack, params["stacks"][stack_name(i)], x_BSD, positions_BS, caches[i], method="decode")
+        given = x_BSD, positions_BS, caches[i], valid_BS
+        x_BSD, cache = call(stack, params["stacks"][stack_name(i)], *given, method="decode")
         new_caches.append(cache)
     return logits(rack, params["head"], params["embed"], x_BSD), new_caches
 

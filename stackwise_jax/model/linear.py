@@ -17,7 +17,9 @@ from stackwise_jax.model.spec import Params, dtype_of
 if TYPE_CHECKING:
     from stackwise_jax.model.block import Block
 
+# The branch that each matrix stands in. Randomness is keyed by the place in this list: new names go to its end.
 MATRICES = {"q": "attn", "k": "attn", "v": "attn", "o": "attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
+MATRICES |= dict.fromkeys(("q_a", "q_b", "kv_a", "kv_b", "k_a", "k_b", "v_a", "v_b"), "attn")
 RESIDUAL_GAIN = 0.2  # of the matrices that write into the residual stream; see Block
 POWER_ITERATIONS = 30  # within about 2 % of the largest singular value even where many lie close to it (random ones)
 
@@ -64,6 +66,23 @@ def project(
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, [*MATRICES].index(name))
     dtype = dtype_of(block.compute_dtype)
     return linear(x_NI, params[name], dtype, key, block.spectral_norm, block.quantized_matmul)
+
+
+def dense_kernel(block: Block, params: Params, name: str) -> jax.Array:
+    """The matrix (I, O) that `project` without dropout multiplies with, adapters in it, in the compute dtype.
+
+    What is quantized is dequantized, whatever quantized_matmul says.
+    """
+    kernel_IO = params[name]["kernel"]
+    if isinstance(kernel_IO, QuantizedTensor):
+        kernel_IO = dequantize(kernel_IO, jnp.float32)
+    if block.spectral_norm > 0.0:
+        kernel_IO = bound_kernel(kernel_IO, block.spectral_norm)
+    kernel_IO = kernel_IO.astype(dtype_of(block.compute_dtype))
+    for adapter in params[name].get("adapters", {}).values():
+        a_IR, b_RO, scale = (adapter[leaf].astype(kernel_IO.dtype) for leaf in ("a", "b", "scale"))
+        kernel_IO = kernel_IO + jnp.matmul(a_IR * scale, b_RO)
+    return kernel_IO
 
 
 def bound_kernel(kernel_IO: jax.Array, limit: float) -> jax.Array:

@@ -12,18 +12,18 @@ from stackwise_jax.model.stack import Stack, block_name
 def split_fixed(stack: Stack, params: Params) -> tuple[Params, Params]:
     """(learnable, fixed) of a stack's tree, or of any tree of the same shape (shardings, say); absent branches dropped.
 
-    Fixed are the up-projections of blocks with freeze_up_proj. Every leaf is in exactly one of the two.
+    Fixed is what `Block.fixed` names: frozen up-projections, random matrices of kernels. Every leaf is in exactly one
+    of the two.
     """
     alike = stack.block_alike
     learnable, fixed = {}, {}
     for i, block in enumerate(stack.blocks[:1] if alike else stack.blocks):
         name = "blocks" if alike else block_name(i)
-        if not block.freeze_up_proj:
-            learnable[name] = params[name]
-            continue
-        mlp = dict(params[name]["mlp"])
-        fixed[name] = {"mlp": {"up": mlp.pop("up")}}
-        learnable[name] = {**params[name], "mlp": mlp}
+        learnable[name] = dict(params[name])
+        for branch, part in block.fixed:
+            rest = dict(learnable[name][branch])
+            fixed.setdefault(name, {}).setdefault(branch, {})[part] = rest.pop(part)
+            learnable[name][branch] = rest
     return learnable, fixed
 
 

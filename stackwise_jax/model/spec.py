@@ -7,7 +7,8 @@ may hold whatever those functions accept (a quantized weight, say). Linen gives 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -38,6 +39,14 @@ def require(condition: bool, why: str) -> None:
     """Raise UsageError with this sentence unless the condition holds."""
     if not condition:
         raise UsageError(why)
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Raise UsageError for a name that is not known, with the nearest one; `what` it is a name of."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UsageError(f"unknown {what} {name}; the nearest valid one is {near[0]}")
 
 
 def unbound(module: M) -> M:

@@ -73,10 +73,11 @@ class Stack(nn.Module):
         return {block_name(i): _init_block(block, keys_L[i]) for i, block in enumerate(blocks)}
 
     @nn.nowrap
-    def init_cache(self, batch: int, max_len: int, dtype: Any = jnp.float32) -> Params:
-        """An empty key/value cache for `decode`, grouped like the parameters.
+    def init_cache(self, batch: int, max_len: int, dtype: Any = jnp.float32) -> Any:
+        """An empty cache for `decode`, grouped like the parameters.
 
-        Alike blocks: {"k", "v": (L, B, max_len, n_kv_heads, head_dim)}; unlike: {"block_000": {"k", "v"}, ...}.
+        Alike blocks: the cache of a block, every leaf with a leading axis of L (multi-head attention: {"k", "v": (L, B,
+        max_len, n_kv_heads, head_dim)}); unlike: {"block_000": the cache of the first block, ...}.
         """
         caches = [block.init_cache(batch, max_len, dtype) for block in self.blocks]
         if self.block_alike:
@@ -125,21 +126,25 @@ class Stack(nn.Module):
             x_BTD = run(block, params[block_name(i)], x_BTD, indices_L[i])
         return x_BTD
 
-    def decode(self, x_BSD: jax.Array, positions_BS: jax.Array, cache: Params) -> tuple[jax.Array, Params]:
+    def decode(
+        self, x_BSD: jax.Array, positions_BS: jax.Array, cache: Any, valid_BS: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """S new positions through all blocks, causally, over what the cache holds: (y_BSD, cache).
 
         positions_BS are indices into the cache; everything before them must have been decoded before or in this call.
+        valid_BS: False where a position is padding or will be decoded again; None: nowhere.
         """
         params, blocks = module_params(self, self.init_params), unbound(self).blocks
         x_BSD = x_BSD.astype(blocks[0].activation_dtype)
         if self.block_alike:
 
             def step(x_BSD, of_block):
-                return call(blocks[0], of_block[0], x_BSD, positions_BS, of_block[1], method="decode")
+                return call(blocks[0], of_block[0], x_BSD, positions_BS, of_block[1], valid_BS, method="decode")
 
             return jax.lax.scan(step, x_BSD, (params["blocks"], cache))
         caches = {}
         for i, block in enumerate(blocks):
             name = block_name(i)
-            x_BSD, caches[name] = call(block, params[name], x_BSD, positions_BS, cache[name], method="decode")
+            given = x_BSD, positions_BS, cache[name], valid_BS
+            x_BSD, caches[name] = call(block, params[name], *given, method="decode")
         return x_BSD, caches

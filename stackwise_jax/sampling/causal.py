@@ -1,4 +1,4 @@
-"""Left-to-right decoding with a key/value cache per stack: one compiled program from the prompt to the last token.
+"""Left-to-right decoding with a cache per stack: one compiled program from the prompt to the last token.
 
 Legend: P prompt, S prompt with padding, V vocabulary (padded), N new tokens.
 """
@@ -82,11 +82,13 @@ def _decode(rack, params, prompt_1S, n_prompt, key, allowed_V, stops_V, *, max_t
         return n + 1, token, stops_V[token], new_N.at[n].set(token), caches
 
     # The prompt fills the caches; its last token runs again as the first step, so that logits are needed of single
-    # tokens only. What the padding behind the prompt leaves in the caches lies at later positions, which causal
-    # attention does not see before a new token overwrites them.
+    # tokens only. What it and the padding behind it leave in the caches is not looked at before a new token overwrites
+    # it; states of constant size do not take it up.
     room = prompt_1S.shape[1]
+    positions_1S = jnp.arange(room, dtype=jnp.int32)[None]
     caches = functional.init_cache(rack, 1, room + max_tokens)
-    _, caches = functional.decode(rack, params, prompt_1S, jnp.arange(room, dtype=jnp.int32)[None], caches)
+    valid_1S = positions_1S < n_prompt - 1
+    _, caches = functional.decode(rack, params, prompt_1S, positions_1S, caches, valid_BS=valid_1S)
     state = (jnp.int32(0), prompt_1S[0, n_prompt - 1], jnp.array(False), jnp.zeros(max_tokens, jnp.int32), caches)
     n_new, _, _, new_N, _ = jax.lax.while_loop(unfinished, step, state)
     return new_N, n_new
