@@ -80,12 +80,13 @@ large=(--set model.d_model=1024 --set model.n_heads=16 --set model.d_ff=4096 --s
   --set data.seq_len=1024 --set data.batch_size=16 --set model.remat=true)
 eight=(--set model.n_kv_heads=8 --set model.d_ff=14336 --set model.vocab_size=128256 --set data.seq_len=4096)
 ladder=(--config llama_1b_t4.yaml --set optimizer.name=adamw) pytest=(-m "not slow") test_depths=(--depths 12 48 96)
+attention=(--lengths 512 2048 8192 32768)
 curriculum=(--set curriculum.steps="${STEPS:-16}" --set data.batch_size=4) streamed=(--batches 1 2 4 8)
 stacks=8 block_counts=(1 2 4) matrix=(--tokens 16384 --inputs 8192 --outputs 28672) stack_trunk=9 quick=() platform=gpu
 if ((tiny)); then
   smoke=(--smoke) rounds=(--rounds 1 --steps 1) vocabularies=(512) large=() eight=(--set model.vocab_size=1024)
   seventy=llama_70b_h200_dry.yaml seven=llama_7b_24gb_dry.yaml ladder=() pytest=(--collect-only) test_depths=()
-  curriculum=(--set model.architecture.n_stacks=8) streamed=() platform=cpu
+  curriculum=(--set model.architecture.n_stacks=8) streamed=() platform=cpu attention=()
   stacks=2 block_counts=(1 2) matrix=(--smoke) stack_trunk=3 synthetic+=(--set data.synthetic_tokens=4000)
   quick=(--data.source synthetic --data.synthetic_tokens 20000 --data.seq_len 16 --data.batch_size 4 --model.d_model 16
     --model.n_heads 2 --model.d_ff 32 --curriculum.steps 3 --run.eval_batches 1 --run.sample_tokens 2)
@@ -132,11 +133,23 @@ step ladder-end-to-end 240 "$PYTHON" experiments/memory_ladder.py --json "${smok
 step ladder-one-stack 200 "$PYTHON" experiments/memory_ladder.py --json "${smoke[@]}" "${ladder[@]}" "${synthetic[@]}" \
   --only 9 10 11 12 13
 
+# Implementations of attention: goals: no slower than cuDNN where it applies, twice as fast as XLA elsewhere.
+bench_attention=("$PYTHON" experiments/bench_attention.py --peak_tflops 989 --json "${smoke[@]}")
+for shape in gqa mla; do
+  step "attention-$shape" 300 "${bench_attention[@]}" specs --specs $shape-4k $shape-16k
+done
+step attention-lengths 300 "${bench_attention[@]}" lengths "${attention[@]}"
+for shape in gqa mla; do
+  step "attention-tiles-$shape" 400 "${bench_attention[@]}" tiles --specs $shape-4k --rounds 3
+done
+
 # What must hold on any device: frozen parts, resuming, cache, kernels against their references, streamed as resident.
 # The tests compare bits and fp32 products.
 exact=(env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true")
 step tests-kernels 120 "${exact[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_kernels_attention.py \
   tests/test_kernels_cross_entropy.py tests/test_memory_cache.py tests/test_memory_placement.py
+step tests-pallas 300 "${exact[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_kernels_pallas.py \
+  tests/test_kernels_feature_attention.py
 step tests-memory 240 "${exact[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_memory_quantized.py \
   tests/test_model_quantized.py tests/test_engine_streamed.py tests/test_memory_offload.py tests/test_engine_update.py
 step tests-engine 240 "${exact[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider "${pytest[@]}" tests/test_engine_run.py \
