@@ -81,7 +81,8 @@ def test_implementations_of_attention_are_compared():
 def test_tiles_of_the_kernels_are_compared():
     rows = run("bench_attention.py", "tiles", "--specs", "mla-4k")["tiles"]
     assert [row["kernel"] for row in rows] == ["forward"] * 2 + ["queries"] * 2 + ["keys"] * 2
-    assert all(row["ms"] > 0 for row in rows) and len({row["tiles"] for row in rows}) == 3
+    assert all(row["ms"] > 0 for row in rows)
+    assert all(first["tiles"] != second["tiles"] for first, second in zip(rows[::2], rows[1::2], strict=True))
 
 
 def test_learning_from_the_markov_source():
