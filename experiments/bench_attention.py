@@ -4,8 +4,10 @@
                                           [--rounds R] [--peak_tflops P] [--smoke] [--json]
 
 - lengths: every way on the same heads, forward and with the gradients to all arguments, at each length. Ratios are of
-  times to the reference's and to jax.nn.dot_product_attention's in the same rounds: below 1 is faster. The exponent is
-  the slope of log time over log length: 2 is quadratic, 1 linear. CPU time is that of all threads.
+  times to those of the reference, of jax.nn.dot_product_attention, and of the fastest softmax over products, in the
+  same rounds: below 1 is faster. The exponent is the slope of log time over log length: 2 is quadratic, 1 linear. CPU
+  time is that of all threads. "linear" makes the features of queries and keys itself, two for each entry of a head;
+  "linear, given" is linear attention alone.
 - specs: the shapes of kernels/attention/arg_specs.py, causal and looking both ways, in TFLOP/s and, with --peak_tflops,
   as a share of the peak. FLOPs are those of the scores that are seen.
 - tiles: the flash kernels with other tiles, for a GPU: what `default_tiling` should say.
@@ -32,10 +34,17 @@ from stackwise_jax.kernels.attention.arg_specs import ARG_SPECS, ArgSpec, make_a
 from stackwise_jax.kernels.attention.bench import compile_attention
 from stackwise_jax.kernels.feature_attention import arg_specs as of_features
 from stackwise_jax.kernels.feature_attention.bench import compile_feature_attention
+from stackwise_jax.kernels.linear_attention import arg_specs as of_linear
+from stackwise_jax.kernels.linear_attention.bench import compile_linear_attention
 from stackwise_jax.kernels.measure import Compiled, compiled
 
 Compile = Callable[..., Compiled | None]
 PARTS = ("lengths", "specs", "tiles")
+
+
+def sizes(spec: ArgSpec) -> dict[str, Any]:
+    """What a shape has in common with those of the other operations."""
+    return {name: value for name, value in vars(spec).items() if name != "shared_size"}
 
 
 def on_features(implementation: str) -> Compile:
@@ -44,9 +53,20 @@ def on_features(implementation: str) -> Compile:
     def compile_spec(spec: ArgSpec, *, backward: bool) -> Compiled | None:
         if spec.shared_size:
             return None
-        sizes = {name: getattr(spec, name) for name in vars(spec) if name != "shared_size"}
-        spec_of_features = of_features.ArgSpec(**sizes, frequencies=spec.size)
+        spec_of_features = of_features.ArgSpec(**sizes(spec), frequencies=spec.size)
         return compile_feature_attention(spec_of_features, implementation, backward=backward)  # type: ignore[arg-type]
+
+    return compile_spec
+
+
+def linear(*, maps: bool) -> Compile:
+    """Linear attention on the same heads, with two features for each entry of a head."""
+
+    def compile_spec(spec: ArgSpec, *, backward: bool) -> Compiled | None:
+        if spec.shared_size:
+            return None
+        spec_of_linear = of_linear.ArgSpec(**sizes(spec), features=2 * spec.size)
+        return compile_linear_attention(spec_of_linear, "auto", maps=maps, backward=backward)
 
     return compile_spec
 
@@ -74,10 +94,12 @@ WAYS: dict[str, Compile] = {
     "features, reference": on_features("reference"),
     "features, chunked": on_features("chunked"),
     "features, pallas": on_features("pallas"),
+    "linear": linear(maps=True),
+    "linear, given": linear(maps=False),
 }
 HOLD_SCORES = ("reference", "jax.nn", "features, reference")
 DIRECTIONS = {False: "forward", True: "with gradient"}
-OF_SPECS = ("reference", "jax.nn", "chunked", "cudnn", "pallas")
+OF_SPECS = SOFTMAX = ("reference", "jax.nn", "chunked", "cudnn", "pallas")
 
 
 def attempt(label: str, f: Callable[[], Any]) -> Any:
@@ -121,6 +143,8 @@ def over_lengths(base: ArgSpec, lengths: Sequence[int], args: argparse.Namespace
             row |= {"ms": 1e3 * seconds.wall, "CPU ms": 1e3 * seconds.cpu}
             for other in ("reference", "jax.nn"):
                 row[f"to {other}"] = seconds.wall / found[other].wall if other in found else None
+            softmax = [found[name].wall for name in SOFTMAX if name in found]
+            row["to softmax"] = seconds.wall / min(softmax) if softmax else None
             rows.append(row | {"MiB": calls[way].temp_bytes / 2**20})
             print(*row.values(), flush=True, file=sys.stderr)
     return sorted(rows, key=lambda row: ([*WAYS].index(row["way"]), row[""], row["T"]))
@@ -165,7 +189,7 @@ def of_tiles(specs: Mapping[str, ArgSpec], args: argparse.Namespace) -> list[dic
     from stackwise_jax.kernels.pallas.calls import Tiles
     from stackwise_jax.kernels.pallas.flash import default_tiling, flash_attention
 
-    sizes = (
+    tiles_tried = (
         (32, 64, 4),
         (32, 128, 8),
         (64, 32, 4),
@@ -175,7 +199,7 @@ def of_tiles(specs: Mapping[str, ArgSpec], args: argparse.Namespace) -> list[dic
         (128, 64, 8),
         (128, 128, 8),
     )
-    tried = [Tiles(*size, stages) for size, stages in itertools.product(sizes, (2, 3))]
+    tried = [Tiles(*size, stages) for size, stages in itertools.product(tiles_tried, (2, 3))]
     rows = []
     for (name, spec), kernel in itertools.product(specs.items(), ("forward", "queries", "keys")):
         arrays, backward = make_args(spec, jax.random.key(0)), kernel != "forward"
@@ -199,8 +223,8 @@ def of_tiles(specs: Mapping[str, ArgSpec], args: argparse.Namespace) -> list[dic
 
 def smaller(spec: ArgSpec) -> ArgSpec:
     """The same kind of shape at the smallest size."""
-    sizes = {"batch": 1, "rows": 32, "heads": spec.heads // spec.kv_heads, "kv_heads": 1, "size": 16, "value_size": 16}
-    return dataclasses.replace(spec, **sizes, shared_size=spec.shared_size // 4, dtype="float32")
+    small = {"batch": 1, "rows": 32, "heads": spec.heads // spec.kv_heads, "kv_heads": 1, "size": 16, "value_size": 16}
+    return dataclasses.replace(spec, **small, shared_size=spec.shared_size // 4, dtype="float32")
 
 
 def build_parser() -> argparse.ArgumentParser:

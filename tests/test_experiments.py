@@ -61,17 +61,19 @@ def test_learning_state_and_compilations_do_not_grow_with_depth():
 
 
 def test_implementations_of_attention_are_compared():
-    result = run("bench_attention.py", "lengths", "specs", "--only", "reference", "jax.nn", "--specs", "mla-4k")
+    only = ("reference", "jax.nn", "linear", "linear, given")
+    result = run("bench_attention.py", "lengths", "specs", "--only", *only, "--specs", "mla-4k")
     rows = {(row["way"], row[""], row["T"]): row for row in result["lengths"]}
-    assert {key[0] for key in rows} == {"reference", "jax.nn"} and {key[2] for key in rows} == {16, 32}
+    assert {key[0] for key in rows} == {*only} and {key[2] for key in rows} == {16, 32}
     for (way, direction, length), row in rows.items():
-        other = rows["reference", direction, length]
-        assert row["to reference"] == pytest.approx(row["ms"] / other["ms"])
+        softmax = [rows[name, direction, length]["ms"] for name in ("reference", "jax.nn")]
+        assert row["to reference"] == pytest.approx(row["ms"] / softmax[0])
+        assert row["to softmax"] == pytest.approx(row["ms"] / min(softmax))
         assert row["MiB"] < rows[way, direction, 32]["MiB"] or length == 32
     of_reference = [rows["reference", "forward", length]["ms"] for length in (16, 32)]
     slopes = {(row["way"], row[""]): row["exponent"] for row in result["exponents"]}
     assert slopes["reference", "forward"] == pytest.approx(math.log2(of_reference[1] / of_reference[0]))
-    assert {row["way"] for row in result["specs"]} == {"reference"}  # jax.nn knows no shared part
+    assert {row["way"] for row in result["specs"]} == {"reference"}  # the others know no shared part
     assert {(row["looks"], row[""]) for row in result["specs"]} == {
         (looks, direction) for looks in ("back", "both ways") for direction in ("forward", "with gradient")
     }

@@ -154,15 +154,21 @@ def test_kernel_with_default_tiles_and_unlike_lengths_equals_the_reference():
     assert_equal(got, expected)
 
 
-def test_kernel_in_bfloat16_is_close_to_float32():
-    args = arguments(40, 40, n_frequencies=32, dtype=jnp.bfloat16)
-    rows = {"q_rotary_BT": np.arange(40)[None], "kv_rotary_BS": np.arange(40)[None]}
-    got = values_and_grads(flash, args, causal=True, scale=3.0, tiling=SMALL, **rows)
-    assert all(got[name].dtype == x.dtype for name, x in args.items()) and got["o_BTHe"].dtype == jnp.bfloat16
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segmented", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_kernel_in_half_precision_is_close_to_float32(dtype, segmented, causal):
+    args = arguments(40, 40, n_frequencies=32, dtype=dtype)
+    how = {"q_rotary_BT": np.arange(40)[None], "kv_rotary_BS": np.arange(40)[None], "causal": causal, "scale": 3.0}
+    if segmented:
+        ids = np.array([[1] * 15 + [2] * 18 + [0] * 7, [3] * 40], np.int32)
+        how |= {"q_segment_ids_BT": ids, "kv_segment_ids_BS": ids}
+    got = values_and_grads(flash, args, tiling=SMALL, **how)
+    assert all(got[name].dtype == x.dtype for name, x in args.items()) and got["o_BTHe"].dtype == dtype
     # Frequencies enter products in the dtype of the heads.
     exact = {name: x.astype(jnp.float32) for name, x in args.items()}
-    exact["frequencies_dF"] = args["frequencies_dF"].astype(jnp.bfloat16).astype(jnp.float32)
-    expected = values_and_grads(reference, exact, causal=True, scale=3.0, **rows)
+    exact["frequencies_dF"] = args["frequencies_dF"].astype(dtype).astype(jnp.float32)
+    expected = values_and_grads(reference, exact, **how)
     for name, x in expected.items():
         tolerance = 0.03 * float(jnp.abs(x).max())
         np.testing.assert_allclose(got[name].astype(jnp.float32), x, atol=tolerance, err_msg=name)

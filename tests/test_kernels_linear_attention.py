@@ -3,7 +3,6 @@
 Legend: B batch, T query rows, S key/value rows, H query heads, K key/value heads, M features, e value size.
 """
 
-import json
 import logging
 from functools import partial
 
@@ -13,8 +12,10 @@ import numpy as np
 import pytest
 
 from stackwise_jax.kernels import dispatch
-from stackwise_jax.kernels.linear_attention import LinearState, bench, init_linear_state, linear_attention, linear_step
+from stackwise_jax.kernels.linear_attention import LinearState, init_linear_state, linear_attention, linear_step
 from stackwise_jax.kernels.linear_attention.api import IMPLEMENTATIONS
+from stackwise_jax.kernels.linear_attention.arg_specs import ARG_SPECS, ArgSpec, make_args
+from stackwise_jax.kernels.linear_attention.bench import compile_linear_attention
 
 B, T, H, K, M, E = 2, 21, 4, 2, 6, 5  # with chunks of at most 8 rows: three of 7, or at T = 22 a padded last one
 BOTH = ["reference", "chunked"]
@@ -224,15 +225,24 @@ def test_auto_is_the_linear_one():
     assert set(IMPLEMENTATIONS) == {*BOTH}
 
 
-def test_the_benchmark_measures_a_named_shape(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "measure", partial(bench.measure, rounds=1))
-    bench.main(["gqa", "16", "--json"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(row["shape"], row["kind"], row["T"]) for row in rows] == [
-        ("gqa", "forward", 16),
-        ("gqa", "forward + backward", 16),
-    ]
-    assert all(row[f"{name} ms"] > 0 for row in rows for name in ("softmax", "linear", "given"))
+@pytest.mark.parametrize("name", ARG_SPECS)
+def test_named_shapes_are_arguments(name):
+    spec = ARG_SPECS[name]
+    args = jax.eval_shape(partial(make_args, spec, spec.features), jax.random.key(0))
+    o_BTHe = jax.eval_shape(
+        partial(linear_attention, causal=spec.causal), *(args[n] for n in ("q_BTHN", "k_BTKN", "v_BTKe"))
+    )
+    assert o_BTHe.shape == (spec.batch, spec.rows, spec.heads, spec.value_size) and o_BTHe.dtype == spec.dtype
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_shape_compiles_and_runs_where_the_implementation_can(maps):
+    spec = ArgSpec(1, 16, 2, 1, size=4, value_size=8, features=8)
+    calls = {name: compile_linear_attention(spec, name, maps=maps, backward=True) for name in (*BOTH, "pallas")}
+    assert calls.pop("pallas") is None
+    for call in calls.values():
+        call.run(2)
+        assert call.temp_bytes > 0
 
 
 def test_misfits_are_refused():

@@ -14,7 +14,9 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from stackwise_jax.kernels.attention import attention
+from stackwise_jax.kernels.attention.arg_specs import ARG_SPECS, make_args
 from stackwise_jax.kernels.pallas.calls import Tiles, Tiling
+from stackwise_jax.kernels.pallas.entry import MAX_BYTES, MAX_SIZE
 from stackwise_jax.kernels.pallas.flash import default_tiling, feature_flash_attention, flash_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -95,7 +97,7 @@ def test_equals_the_reference(sizes, causal):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_segments_equal_the_reference_and_what_sees_nothing_gives_zero(layout, causal):
-    args = arguments(*SIZES["shared part"])
+    args = arguments(70, 70, 4, 2, 24, 20, 10)  # groups of heads, a shared part, sizes that are filled up
     ids = np.stack([LAYOUTS[layout], np.roll(LAYOUTS[layout], 9)]).astype(np.int32)
     options = {"causal": causal, "q_segment_ids_BT": ids, "kv_segment_ids_BS": ids}
     got = values_and_grads(flash, args, **options)
@@ -104,23 +106,30 @@ def test_segments_equal_the_reference_and_what_sees_nothing_gives_zero(layout, c
         assert not np.asarray(x)[ids == 0].any() and np.asarray(x)[ids != 0].any(), name
 
 
-def test_keys_of_another_length_have_segments_of_their_own():
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_of_another_length_have_segments_of_their_own(causal):
     args = arguments(*SIZES["more keys"])
     ids = {"q_segment_ids_BT": np.repeat([[1, 4, 2, 0]], 10, 1), "kv_segment_ids_BS": np.repeat([[0, 2, 1]], 25, 1)}
     options = {name: jnp.broadcast_to(x, (B, x.shape[1])).astype(jnp.int32) for name, x in ids.items()}
-    got, expected = (values_and_grads(f, args, causal=False, **options) for f in (flash, reference))
+    got, expected = (values_and_grads(f, args, causal=causal, **options) for f in (flash, reference))
     assert_equal(got, expected, 5e-6)
     assert not np.asarray(got["o_BTHe"])[:, 10:20].any()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segmented", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("sizes", ["grouped heads", "shared part, grouped heads, odd sizes"])
-def test_half_precision_is_close_to_float32(sizes, dtype):
+def test_half_precision_is_close_to_float32(sizes, dtype, segmented, causal):
     args = arguments(*SIZES[sizes], dtype=dtype)
-    got = values_and_grads(flash, args, causal=True)
+    rows, options = args["q_BTHd"].shape[1], {"causal": causal}
+    if segmented:
+        ids = np.stack([row[:rows] for row in (LAYOUTS["documents and padding"], LAYOUTS["padding first"])])
+        options |= {"q_segment_ids_BT": ids.astype(np.int32), "kv_segment_ids_BS": ids.astype(np.int32)}
+    got = values_and_grads(flash, args, **options)
     assert all(x.dtype == dtype for x in got.values())
     exact = {name: x.astype(jnp.float32) for name, x in args.items()}
-    expected = values_and_grads(reference, exact, causal=True)
+    expected = values_and_grads(reference, exact, **options)
     for name, x in expected.items():
         tolerance = (0.02 if dtype == jnp.bfloat16 else 0.003) * float(jnp.abs(x).max())
         np.testing.assert_allclose(got[name].astype(jnp.float32), x, atol=tolerance, err_msg=name)
@@ -223,12 +232,27 @@ def test_kernels_lower_for_cuda(dtype, causal, segmented):
     assert lowered_for_cuda(gradient(with_features, 5, **options), *heads) == 3
 
 
-@pytest.mark.parametrize("width", [32, 256, 320, 768, 1024])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_tiles_are_powers_of_two_and_smaller_for_wider_heads(width, dtype):
-    def rows(tiling):
-        return [n for tiles in (tiling.forward, tiling.queries, tiling.keys) for n in (tiles.t, tiles.s)]
+@pytest.mark.parametrize("name", ARG_SPECS)
+def test_kernels_of_model_shapes_lower_for_cuda(name):
+    spec = ARG_SPECS[name]
+    args = jax.eval_shape(partial(make_args, spec), jax.random.key(0))
 
-    found = rows(default_tiling(width, dtype))
-    assert all(n >= 16 and n & (n - 1) == 0 for n in found)
-    assert sum(rows(default_tiling(2 * width, dtype))) <= sum(found)
+    def attend(*arrays):
+        return flash_attention(**dict(zip(args, arrays, strict=True)), causal=spec.causal, scale=0.1)
+
+    assert lowered_for_cuda(gradient(attend, len(args)), *args.values()) == 3
+
+
+WIDTHS = [(width, dtype) for dtype in (jnp.bfloat16, jnp.float32) for width in (32, 256, 320, 384, 512, 768, 1024)]
+
+
+@pytest.mark.parametrize(("width", "dtype"), [case for case in WIDTHS if case[0] * case[1].dtype.itemsize <= MAX_BYTES])
+def test_tiles_fit_the_registers_of_their_warps(width, dtype):
+    """Scores and the sums that a tile gathers, in float32, of 255 registers per thread; sizes are powers of two."""
+    tiling = default_tiling(width, dtype)
+    gathered = {"forward": tiling.forward.t * min(width, MAX_SIZE)}
+    gathered |= {"queries": tiling.queries.t * width, "keys": tiling.keys.s * width}
+    for name, n in gathered.items():
+        tiles = getattr(tiling, name)
+        assert all(rows >= 16 and rows & (rows - 1) == 0 for rows in (tiles.t, tiles.s))
+        assert n + tiles.t * tiles.s < 255 * 32 * tiles.warps

@@ -173,7 +173,9 @@ def test_decoding_in_bf16_stays_near_the_forward_in_bf16(name):
 
 
 @pytest.mark.parametrize("name", ["mla, products, 2 to a group", "laplacian, softmax", "gaussian, linear"])
-def test_all_implementations_agree_and_what_is_not_here_gives_way(name):
+def test_all_implementations_agree_and_what_is_not_here_gives_way(name, monkeypatch):
+    monkeypatch.setattr("stackwise_jax.kernels.attention.chunked.MAX_SCORES", 5 * T)  # several chunks, the last padded
+    monkeypatch.setattr("stackwise_jax.kernels.linear_attention.chunked.CHUNK", 5)
     given, x_BTD = BLOCKS[name], make_input()
     params = params_of(given)
     expected_BTD = full(given, params, x_BTD)

@@ -17,15 +17,17 @@ class Compiled:
     Attributes:
         run: does it n times, one after the other, and waits until it is done.
         temp_bytes: temporaries, by the compiler's own account.
-        flops: of its products, by formula.
+        flops: of its products, by formula; None: nobody has counted.
     """
 
     run: Callable[[int], None]
     temp_bytes: int
-    flops: int
+    flops: int | None
 
 
-def compiled(f: Callable[..., jax.Array], args: Mapping[str, jax.Array], *, backward: bool, flops: int) -> Compiled:
+def compiled(
+    f: Callable[..., jax.Array], args: Mapping[str, jax.Array], *, backward: bool, flops: int | None = None
+) -> Compiled:
     """f(**args), or with backward the gradients of its sum of squares to all of its arguments that are floating."""
 
     def gradients(learning: dict[str, Any], rest: dict[str, Any]) -> Any:

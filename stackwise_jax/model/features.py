@@ -148,7 +148,7 @@ def key_features(
         return jnp.exp(jnp.minimum(exponents_BTHM, MAX_EXPONENT)) * spec.features**-0.5
     if spec.type == "linear":
         return _projections(spec, params, x_BTHd, positions_BT, theta)
-    phases_BTHF = jnp.einsum("BTHd,dF->BTHF", x_BTHd.astype(jnp.float32), frequencies(spec, params))
+    phases_BTHF = _project(x_BTHd, frequencies(spec, params))
     if positions_BT is not None:
         phases_BTHF += positions_BT[:, :, None, None].astype(jnp.float32) * rotary_angles(spec, theta)
     cos_BTHF, sin_BTHF = jnp.cos(phases_BTHF), jnp.sin(phases_BTHF)
@@ -210,8 +210,7 @@ def _exponents(
     if positions_BT is not None:
         x_BTHd = rope(x_BTHd, positions_BT, theta)
     x_BTHd = x_BTHd.astype(jnp.float32) * input_scale(spec, x_BTHd.shape[-1])
-    dots_BTHM = jnp.einsum("BTHd,dM->BTHM", x_BTHd, params["matrix"].astype(jnp.float32))
-    return dots_BTHM - jnp.sum(x_BTHd**2, axis=-1, keepdims=True)
+    return _project(x_BTHd, params["matrix"]) - jnp.sum(x_BTHd**2, axis=-1, keepdims=True)
 
 
 def _projections(
@@ -221,10 +220,16 @@ def _projections(
     dtype = x_BTHd.dtype
     if positions_BT is not None and spec.mode == "linear":
         x_BTHd = rope(x_BTHd, positions_BT, theta)
-    dots_BTHM = jnp.einsum("BTHd,dM->BTHM", x_BTHd.astype(jnp.float32), params["matrix"].astype(jnp.float32))
+    dots_BTHM = _project(x_BTHd, params["matrix"])
     if spec.mode == "linear":
         return jax.nn.relu(dots_BTHM) * (2 / spec.features) ** 0.5
     phi_BTHM = dots_BTHM * spec.features**-0.5
     if positions_BT is not None:
         phi_BTHM = rope(phi_BTHM, positions_BT, theta)
     return phi_BTHM.astype(dtype)
+
+
+def _project(x_BTHd: jax.Array, matrix_dF: jax.Array) -> jax.Array:
+    """x . w in float32, also where a GPU would multiply in TF32: exponents and phases are large numbers."""
+    x_BTHd, matrix_dF = x_BTHd.astype(jnp.float32), matrix_dF.astype(jnp.float32)
+    return jnp.einsum("BTHd,dF->BTHF", x_BTHd, matrix_dF, precision=jax.lax.Precision.HIGHEST)

@@ -1,40 +1,51 @@
-"""Shapes that models have, by name, for the tests and the benchmark.
+"""Shapes that linear attention has in models, by name, for benchmarks and tests.
 
 Legend: B batch, T rows, H query heads, K key/value heads, N size of queries and keys, e value size.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ArgSpec:
-    """A call but for its sequence length: sizes of the arrays (head_dim: before features), and which way rows look."""
+    """The arguments of one call; queries and keys are the same rows.
+
+    Attributes:
+        size, value_size: of a query-key head before the feature map, and of a value head.
+        features: of a head.
+    """
 
     batch: int
+    rows: int
     heads: int
     kv_heads: int
-    head_dim: int
+    size: int
+    value_size: int
     features: int
-    value_dim: int
-    causal: bool
+    causal: bool = True
+    dtype: str = "float32"
 
 
 ARG_SPECS = {
-    "quickstart": ArgSpec(batch=1, heads=4, kv_heads=4, head_dim=32, features=64, value_dim=32, causal=True),
-    "gpt2": ArgSpec(batch=1, heads=12, kv_heads=12, head_dim=64, features=128, value_dim=64, causal=True),
-    "gqa": ArgSpec(batch=1, heads=8, kv_heads=2, head_dim=64, features=128, value_dim=64, causal=True),
-    "encoder": ArgSpec(batch=1, heads=8, kv_heads=8, head_dim=64, features=128, value_dim=64, causal=False),
+    "quickstart": ArgSpec(16, 256, 4, 4, 32, 32, features=64),
+    "gpt2-1k": ArgSpec(8, 1024, 12, 12, 64, 64, features=128),
+    "gqa-4k": ArgSpec(1, 4096, 8, 2, 64, 64, features=128),
+    "encoder-512": ArgSpec(32, 512, 8, 8, 64, 64, features=128, causal=False),
 }
 
 
-def make_args(spec: ArgSpec, rows: int, width: int, key: jax.Array) -> list[jax.Array]:
-    """[q_BTHN, k_BTKN, v_BTKe] float32; queries and keys have this width and are not negative, as features are."""
-    shapes = ((spec.heads, width), (spec.kv_heads, width), (spec.kv_heads, spec.value_dim))
-    keys = jax.random.split(key, 3)
-    q, k, v = (jax.random.normal(key, (spec.batch, rows, *shape)) for key, shape in zip(keys, shapes, strict=True))
-    return [jnp.abs(q), jnp.abs(k), v]
+def make_args(spec: ArgSpec, width: int, key: jax.Array) -> dict[str, jax.Array]:
+    """{q_BTHN, k_BTKN, v_BTKe}: queries and keys have this width and are not negative, as features are."""
+    shapes = {
+        "q_BTHN": (spec.batch, spec.rows, spec.heads, width),
+        "k_BTKN": (spec.batch, spec.rows, spec.kv_heads, width),
+        "v_BTKe": (spec.batch, spec.rows, spec.kv_heads, spec.value_size),
+    }
+    keys = jax.random.split(key, len(shapes))
+    args = {n: jax.random.normal(k, shape, spec.dtype) for k, (n, shape) in zip(keys, shapes.items(), strict=True)}
+    return args | {name: jnp.abs(args[name]) for name in ("q_BTHN", "k_BTKN")}
