@@ -36,6 +36,7 @@ from stackwise_jax.model import (
     split_fixed,
     zero_outputs,
 )
+from stackwise_jax.model.features import TYPES
 from stackwise_jax.model.linear import dense_kernel, project
 
 T = 12
@@ -335,6 +336,11 @@ def test_keywords_say_sizes_and_kernels():
     spec = create_block_spec(64, n_heads=4, attention_type="mla", mla={"rq": 24, "v_dim": 8}, kernel="cauchy")
     assert spec["mla"] == MLASpec(rq=24, rkv=16, nope_dim=16, rope_dim=8, v_dim=8)
     assert spec["kernel"] == KernelSpec("cauchy")
+    widths = {
+        kind: create_block_spec(64, kernel={"type": kind, "bandwidth": None})["kernel"].bandwidth for kind in TYPES
+    }
+    assert widths == dict.fromkeys(TYPES, 1.0) | {"laplacian": 16.0}
+    assert create_block_spec(64, attention_preset="mlgka", kernel={"bandwidth": 2.0})["kernel"].bandwidth == 2.0
     assert create_block_spec(64, attention_type="low_rank", n_kv_heads=2)["mla"].rkv == 16
     assert create_block_spec(64, attention_preset="mlgka", kernel={"mode": "linear"})["kernel"].type == "laplacian"
     assert create_block_spec(60, n_heads=7, attention_type="mla", mla=MLASpec(None, 8, 4, 4, 4))["n_heads"] == 7

@@ -189,7 +189,7 @@ def _check_attention(model: ModelConfig, latent: bool) -> None:
     _at_least(model.kernel, "model.kernel", 1, "features")
     rope_dim, bandwidth = model.mla.rope_dim, model.kernel.bandwidth
     _need(not rope_dim or rope_dim % 2 == 0, "model.mla.rope_dim", rope_dim, "an even number; rotation needs pairs")
-    _need(bandwidth > 0, "model.kernel.bandwidth", bandwidth, "a number above 0")
+    _need(bandwidth is None or bandwidth > 0, "model.kernel.bandwidth", bandwidth, "a number above 0")
     kernel = model.kernel.type or model.attention_preset in ("kernel_attention", "mlgka")
     if model.use_rope and not latent and not kernel:
         head_dim = model.d_model // model.n_heads

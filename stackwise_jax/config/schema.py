@@ -124,7 +124,7 @@ class KernelConfig:
     type: KernelType | None = None  # None: the preset's, which is none but for kernel_attention and mlgka
     mode: Literal["softmax", "linear"] = "softmax"  # linear: time and memory linear in the length of a sequence
     features: int = 128  # of a query or key head
-    bandwidth: float = 1.0  # at which distance the kernel falls off, in units of that of vectors with unit entries
+    bandwidth: float | None = None  # where the kernel falls off, 1: typical distances; None: 1, of the laplacian 16
     learn: bool = False  # the random matrix learns, too
 
 

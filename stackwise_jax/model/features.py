@@ -22,6 +22,8 @@ from stackwise_jax.model.spec import Params, require
 CUT = 2.0**15  # of Cauchy entries, one in 50,000 of which is larger: fp16 ends at 2^16
 TYPES = ("gaussian", "laplacian", "cauchy", "uniform", "linear")
 MODES = ("softmax", "linear")
+# Bandwidths to begin with. Cauchy frequencies have no variance; at 1 the largest of them make gradients very noisy.
+BANDWIDTHS = dict.fromkeys(TYPES, 1.0) | {"laplacian": 16.0}
 MAX_EXPONENT = 60.0  # of a positive feature of a key: sums over any sequence stay far inside float32
 
 
@@ -32,7 +34,8 @@ class KernelSpec:
     type: the kernel of scaled vectors (`exact_kernel`). mode: "softmax" over the features' inner products, or "linear":
     positive features, whose inner products are the attention weights themselves. features: M. bandwidth: the distance
     at which the kernel falls off, in units of the typical distance of vectors with unit entries; the linear kernel has
-    none. learn: the random matrix learns with the block instead of staying as it was drawn.
+    none, and where nobody says one a model is built with that of BANDWIDTHS. learn: the random matrix learns with the
+    block instead of staying as it was drawn.
 
     Raises:
         UsageError: an impossible field; the sentence names the key.
