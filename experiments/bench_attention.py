@@ -177,8 +177,9 @@ def of_specs(specs: Mapping[str, ArgSpec], args: argparse.Namespace) -> list[dic
                 "way": way,
                 "ms": ms,
             }
-            row["TFLOP/s"] = calls[way].flops / ms / 1e9
-            row["of peak"] = row["TFLOP/s"] / args.peak_tflops if args.peak_tflops else None
+            flops = calls[way].flops
+            row["TFLOP/s"] = None if flops is None else flops / ms / 1e9
+            row["of peak"] = row["TFLOP/s"] / args.peak_tflops if flops and args.peak_tflops else None
             rows.append(row | {"MiB": calls[way].temp_bytes / 2**20})
             print(*row.values(), flush=True, file=sys.stderr)
     return rows
@@ -241,7 +242,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if unknown := {*args.parts} - {*PARTS}:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; write any of {', '.join(PARTS)}")
     gpu = jax.default_backend() == "gpu"
     args.max_scores = parse_bytes(args.max_scores or ("20GB" if gpu else "2GB"), "--max_scores")
     args.parts = args.parts or (["lengths", "specs"] if gpu else ["lengths"])

@@ -15,7 +15,7 @@ SIZED = {
 }
 WEIGHING = {
     "products": None,
-    "softmax": KernelSpec("laplacian", "softmax", features=FEATURES),
+    "softmax": KernelSpec("laplacian", "softmax", features=FEATURES, bandwidth=1.0),
     "linear": KernelSpec("gaussian", "linear", features=FEATURES),
 }
 
@@ -32,7 +32,7 @@ def grid() -> dict[str, Block]:
     for kind, (way, kernel), groups in itertools.product(("mha", *SIZED), WEIGHING.items(), (1, 2)):
         found[f"{kind}, {way}, {groups} to a group"] = block(kind, kernel, H // groups)
     for kind, mode in itertools.product(TYPES, MODES):
-        found[f"{kind}, {mode}"] = block("mha", KernelSpec(kind, mode, features=FEATURES), 1)
+        found[f"{kind}, {mode}"] = block("mha", KernelSpec(kind, mode, features=FEATURES, bandwidth=1.0), 1)
     compressed = MLASpec(rq=8, rkv=10, nope_dim=6, rope_dim=4, v_dim=5)
     return found | {"mla, compressed queries, one key head": block("mla", n_kv_heads=1, mla=compressed)}
 

@@ -79,6 +79,12 @@ def test_implementations_of_attention_are_compared():
     }
 
 
+def test_parts_that_do_not_exist_are_refused():
+    command = [sys.executable, str(EXPERIMENTS / "bench_attention.py"), "length"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 2 and "no part length; write any of lengths, specs, tiles" in done.stderr
+
+
 @pytest.mark.slow
 def test_tiles_of_the_kernels_are_compared():
     rows = run("bench_attention.py", "tiles", "--specs", "mla-4k")["tiles"]

@@ -25,6 +25,7 @@ LAYOUTS = {  # segment ids of two sequences of 22 rows; 0 is padding
     "packed": [[1] * 3 + [2] * 12 + [3] * 3 + [0] * 4, [1] * 8 + [2] * 8 + [3] * 6],
     "padded in front": [[0] * 5 + [1] * 17, [0] * 16 + [4] * 6],
     "padded between": [[1] * 7 + [0] * 8 + [2] * 7, [3] + [1] + [0] * 19 + [2]],
+    "padded within": [[1] * 7 + [0] + [1] * 14, [2] * 6 + [0] * 9 + [2] * 3 + [0] * 2 + [3] * 2],
     "empty": [[0] * 22, [1] * 22],
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from attention_cases import BLOCKS, FEATURES, SIZED, WEIGHING, D, H, block
 from stackwise_jax.adapters import init_adapter, merge_adapters
 from stackwise_jax.curriculum.phase import AdapterSpec, StackAdapter
 from stackwise_jax.errors import UsageError
+from stackwise_jax.kernels import dispatch
 from stackwise_jax.memory.quantized import QuantizedTensor, to_format
 from stackwise_jax.model import (
     Block,
@@ -174,15 +176,22 @@ def test_decoding_in_bf16_stays_near_the_forward_in_bf16(name):
 
 
 @pytest.mark.parametrize("name", ["mla, products, 2 to a group", "laplacian, softmax", "gaussian, linear"])
-def test_all_implementations_agree_and_what_is_not_here_gives_way(name, monkeypatch):
+def test_all_implementations_agree_and_what_is_not_here_gives_way(name, monkeypatch, caplog):
     monkeypatch.setattr("stackwise_jax.kernels.attention.chunked.MAX_SCORES", 5 * T)  # several chunks, the last padded
     monkeypatch.setattr("stackwise_jax.kernels.linear_attention.chunked.CHUNK", 5)
     given, x_BTD = BLOCKS[name], make_input()
     params = params_of(given)
     expected_BTD = full(given, params, x_BTD)
-    for asked in ("reference", "chunked", "cudnn", "pallas"):
-        other = given.clone(attention_implementation=asked, parent=None)
-        np.testing.assert_allclose(full(other, params, x_BTD), expected_BTD, atol=1e-5, err_msg=asked)
+    own = "reference" if given.kernel is None or given.kernel.mode == "softmax" else "chunked"  # what auto takes
+    monkeypatch.setattr(dispatch, "cuda_capability", lambda: None)
+    for asked in {"reference", "chunked", "cudnn", "pallas"} - {own}:
+        dispatch._log_once.cache_clear()
+        with caplog.at_level(logging.WARNING, "stackwise_jax"):
+            other_BTD = full(given.clone(attention_implementation=asked, parent=None), params, x_BTD)
+        np.testing.assert_allclose(other_BTD, expected_BTD, atol=1e-5, err_msg=asked)
+        said = [record.getMessage() for record in caplog.records]
+        assert [f"{own} instead of {asked}" in line for line in said] == [True] * (asked in ("cudnn", "pallas"))
+        caplog.clear()
 
 
 # What decoding keeps.
@@ -262,6 +271,21 @@ def test_the_absorbed_matrix_is_the_one_that_is_multiplied_with(bound, fmt):
     product_BTI = project(given, params["attn"], "kv_b", latent_BTC)
     np.testing.assert_allclose(latent_BTC @ dense_kernel(given, params["attn"], "kv_b"), product_BTI, atol=1e-5)
     np.testing.assert_allclose(decoded(given, params, x_BTD), full(given, params, x_BTD), atol=2e-5)
+
+
+def test_small_adapters_on_the_absorbed_matrix_survive_in_bf16():
+    given = block("mla").clone(param_dtype="bf16", compute_dtype="bf16", parent=None)
+    plain = params_of(given)["attn"]
+    update = {"a": jnp.full((10, 1), 1e-2), "b": jnp.full((1, 44), 1e-2), "scale": jnp.ones(())}
+    adapted = {**plain, "kv_b": {**plain["kv_b"], "adapters": {"trunk": update}}}
+    change = dense_kernel(given, adapted, "kv_b").astype(jnp.float32) - dense_kernel(given, plain, "kv_b")
+    np.testing.assert_allclose(change, 1e-4, rtol=1e-2)
+
+
+def test_sizes_that_are_not_used_tell_no_blocks_apart():
+    kernel, sizes = KernelSpec("cauchy"), [MLASpec(None, 8, 4, rope, 4) for rope in (2, 8)]
+    assert block("mla", kernel, mla=sizes[0]) == block("mla", kernel, mla=sizes[1])
+    assert block("mla", mla=sizes[0]) != block("mla", mla=sizes[1])
 
 
 def test_norms_and_random_matrices_stay_dense_and_fixed():

@@ -19,6 +19,7 @@ from stackwise_jax.model.features import (
     exact_kernel,
     frequencies,
     init_features,
+    input_scale,
     key_features,
     query_features,
     rotary_angles,
@@ -32,6 +33,9 @@ KERNELS = [(type, mode) for type in TYPES for mode in MODES]
 IN_EXPECTATION = [("gaussian", "linear"), ("linear", "linear")]
 EXACT = [kernel for kernel in KERNELS if kernel not in IN_EXPECTATION]
 THETA = 100.0  # turns even the slowest pair well within the positions used here
+
+
+spec_of = partial(KernelSpec, bandwidth=1.0)  # at which every kernel falls off within these vectors
 
 
 def vectors(seed=0, size=0.5, shape=(1, N, 1, D_HEAD)):
@@ -66,13 +70,13 @@ def test_error_of_the_inner_products_falls_as_one_over_the_root_of_the_features(
     x_BTHd, y_BTHd = vectors()
 
     def error(n):
-        spec = KernelSpec(type, mode, n)
+        spec = spec_of(type, mode, n)
         exact = exact_kernel(spec, x_BTHd, y_BTHd)
         return rms_over_draws(lambda key: inner(spec, key, x_BTHd, y_BTHd) - exact)
 
     errors = [error(n) for n in SIZES]
     assert slope(errors) == pytest.approx(-0.5, abs=0.1)
-    spread = float(jnp.std(exact_kernel(KernelSpec(type, mode), x_BTHd, y_BTHd)))
+    spread = float(jnp.std(exact_kernel(spec_of(type, mode), x_BTHd, y_BTHd)))
     assert errors[-1] < 0.5 * spread, "the kernel itself is resolved"
 
 
@@ -81,7 +85,7 @@ def test_exact_kernels_are_those_of_the_formulas():
     delta = (x - y) / 2  # the root of the head size; the last entries are equal
 
     def exact(type, mode="softmax", **fields):
-        spec = KernelSpec(type, mode, **fields)
+        spec = spec_of(type, mode, **fields)
         return float(exact_kernel(spec, jnp.asarray(x, jnp.float32)[None], jnp.asarray(y, jnp.float32)[None])[0])
 
     assert exact("gaussian") == exact("gaussian", "linear") == pytest.approx(np.exp(-(delta @ delta) / 2))
@@ -100,7 +104,7 @@ def test_exact_kernels_are_those_of_the_formulas():
 @pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("size", [0.1, 1.0, 30.0])
 def test_features_of_linear_attention_are_finite_and_not_negative(type, size):
-    spec = KernelSpec(type, "linear", 64)
+    spec = spec_of(type, "linear", 64)
     params = init_features(spec, D_HEAD, jax.random.key(1))
     q_BTHd, k_BTHd = vectors(size=size)
     for phi_BTHM in (query_features(spec, params, q_BTHd), key_features(spec, params, k_BTHd)):
@@ -123,9 +127,19 @@ def test_exponents_of_keys_are_capped_and_everything_stays_finite():
     assert np.isfinite(grad).all() and np.abs(grad).max() > 0
 
 
+def test_rows_that_see_long_keys_only_see_them_all_alike():
+    spec = KernelSpec("gaussian", "linear", 64)
+    params = init_features(spec, D_HEAD, jax.random.key(1))
+    q_BTHd, k_BTHd = vectors(size=20.0)  # |k|^2 = 400 in the kernel, and exp(-400) is 0 in float32
+    q_BTHM, k_BTHM = query_features(spec, params, q_BTHd), key_features(spec, params, k_BTHd)
+    np.testing.assert_allclose(k_BTHM, np.exp(-60) / 8, rtol=1e-5)
+    o_BTHd = linear_attention(q_BTHM, k_BTHM, k_BTHd, causal=False)
+    np.testing.assert_allclose(o_BTHd, np.broadcast_to(k_BTHd.mean(1, keepdims=True), k_BTHd.shape), atol=1e-4)
+
+
 @pytest.mark.parametrize(("type", "mode"), KERNELS)
 def test_query_and_key_features_differ_by_a_factor_per_query(type, mode):
-    spec = KernelSpec(type, mode, 64)
+    spec = spec_of(type, mode, 64)
     params = init_features(spec, D_HEAD, jax.random.key(1))
     q_BTHd, _ = vectors(size=1.0)
     as_query, as_key = query_features(spec, params, q_BTHd), key_features(spec, params, q_BTHd)
@@ -136,7 +150,7 @@ def test_query_and_key_features_differ_by_a_factor_per_query(type, mode):
 
 @pytest.mark.parametrize(("type", "mode"), EXACT)
 def test_trigonometric_features_and_those_of_inner_products_are_relative_for_every_draw(type, mode):
-    spec = KernelSpec(type, mode, 64)
+    spec = spec_of(type, mode, 64)
     x_BTHd, y_BTHd = vectors(size=1.0)
     at = [inner(spec, jax.random.key(3), x_BTHd, y_BTHd, 5 + shift, 2 + shift) for shift in (0, 3, 40)]
     scale = max(1.0, np.abs(at[0]).max())
@@ -151,12 +165,12 @@ def test_exponential_and_rectified_features_are_relative_in_expectation(type, mo
     x_BTHd, y_BTHd = vectors()
 
     def error(n):
-        spec = KernelSpec(type, mode, n)
+        spec = spec_of(type, mode, n)
         at = lambda key, shift: inner(spec, key, x_BTHd, y_BTHd, 5 + shift, 2 + shift)
         return rms_over_draws(lambda key: at(key, 40) - at(key, 0))
 
     assert slope([error(n) for n in SIZES]) == pytest.approx(-0.5, abs=0.1)
-    assert relative_error(KernelSpec(type, mode)) < 1e-5
+    assert relative_error(spec_of(type, mode)) < 1e-5
 
 
 def relative_error(spec):
@@ -169,7 +183,7 @@ def relative_error(spec):
 
 @pytest.mark.parametrize("type", ["laplacian", "cauchy", "uniform"])
 def test_rope_before_the_map_would_not_be_relative_for_kernels_that_rotations_change(type):
-    assert relative_error(KernelSpec(type)) > 1e-3
+    assert relative_error(spec_of(type)) > 1e-3
     assert relative_error(KernelSpec("gaussian")) < 1e-5
 
 
@@ -191,7 +205,7 @@ def test_phases_are_those_that_frequencies_and_angles_say():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("type", TYPES)
 def test_linear_attention_over_many_features_is_attention_with_the_exact_kernel(type, causal):
-    spec = KernelSpec(type, "linear", 8192)
+    spec = spec_of(type, "linear", 8192)
     params = init_features(spec, D_HEAD, jax.random.key(4))
     q_BTHd, k_BTHd = vectors(shape=(1, 24, 1, D_HEAD))
     v_BTHd = vectors(seed=1, size=1.0, shape=(1, 24, 1, D_HEAD))[0]
@@ -206,7 +220,7 @@ def test_linear_attention_over_many_features_is_attention_with_the_exact_kernel(
 
 @pytest.mark.parametrize("type", TYPES)
 def test_the_same_key_draws_the_same_matrix(type):
-    spec = KernelSpec(type, "linear", 64)
+    spec = spec_of(type, "linear", 64)
     draw = lambda seed, dtype=jnp.float32: init_features(spec, D_HEAD, jax.random.key(seed), dtype)["matrix"]
     assert draw(0).shape == (D_HEAD, 64 if type in ("gaussian", "linear") else 16)
     np.testing.assert_array_equal(draw(0), draw(0))
@@ -216,12 +230,15 @@ def test_the_same_key_draws_the_same_matrix(type):
 
 @pytest.mark.parametrize(("type", "mode"), KERNELS)
 def test_features_keep_bf16_in_softmax_mode_and_are_float32_in_linear_mode(type, mode):
-    spec = KernelSpec(type, mode, 64)
+    spec = spec_of(type, mode, 64)
     params = init_features(spec, D_HEAD, jax.random.key(1))
     exact, _ = vectors(size=1.0)
     positions_BT = jnp.arange(N)[None]
     got = query_features(spec, params, exact.astype(jnp.bfloat16), positions_BT)
     assert got.dtype == (jnp.bfloat16 if mode == "softmax" else jnp.float32)
+    if mode == "softmax" and type != "linear":  # the frequencies enter in the dtype of the heads, too
+        rounded = frequencies(spec, params).astype(jnp.bfloat16).astype(jnp.float32)
+        params = {"matrix": rounded / input_scale(spec, D_HEAD)}
     expected = query_features(spec, params, exact.astype(jnp.bfloat16).astype(jnp.float32), positions_BT)
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.03 * np.abs(expected).max())
 

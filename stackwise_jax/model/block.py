@@ -5,6 +5,7 @@ Legend: B batch, T sequence, S new positions while decoding, D d_model.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, get_args
 
@@ -121,6 +122,9 @@ class Block(nn.Module):
         elif kind == "low_rank" or self.mla is None:
             ranks = {} if self.mla is None else {"rq": self.mla.rq, "rkv": self.mla.rkv}
             object.__setattr__(self, "mla", MLASpec.of(self.d_model, self.n_heads, **ranks))
+        elif not self.rotates:  # there is no rotary part, so blocks do not differ by its size
+            usual = MLASpec.of(self.d_model, self.n_heads, nope_dim=self.mla.nope_dim)
+            object.__setattr__(self, "mla", dataclasses.replace(self.mla, rope_dim=usual.rope_dim))
         if self.use_rope:
             self._validate_rotation()
 

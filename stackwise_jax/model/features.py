@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stackwise_jax.kernels.feature_attention.features import trig_features
 from stackwise_jax.model.rope import rope
 from stackwise_jax.model.spec import Params, require
 
@@ -24,7 +25,7 @@ TYPES = ("gaussian", "laplacian", "cauchy", "uniform", "linear")
 MODES = ("softmax", "linear")
 # Bandwidths to begin with. Cauchy frequencies have no variance; at 1 the largest of them make gradients very noisy.
 BANDWIDTHS = dict.fromkeys(TYPES, 1.0) | {"laplacian": 16.0}
-MAX_EXPONENT = 60.0  # of a positive feature of a key: sums over any sequence stay far inside float32
+MAX_EXPONENT = 60.0  # of a positive feature of a key, and of its inverse: sums over any sequence stay inside float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,7 @@ class KernelSpec:
     type: the kernel of scaled vectors (`exact_kernel`). mode: "softmax" over the features' inner products, or "linear":
     positive features, whose inner products are the attention weights themselves. features: M. bandwidth: the distance
     at which the kernel falls off, in units of the typical distance of vectors with unit entries; the linear kernel has
-    none, and where nobody says one a model is built with that of BANDWIDTHS. learn: the random matrix learns with the
-    block instead of staying as it was drawn.
+    none; None: that of BANDWIDTHS. learn: the random matrix learns with the block instead of staying as it was drawn.
 
     Raises:
         UsageError: an impossible field; the sentence names the key.
@@ -44,11 +44,13 @@ class KernelSpec:
     type: str
     mode: str = "softmax"
     features: int = 128
-    bandwidth: float = 1.0
+    bandwidth: float = None  # pyright: ignore[reportAssignmentType] (a number from __post_init__ on)
     learn: bool = False
 
     def __post_init__(self):
         require(self.type in TYPES, f"model.kernel.type is '{self.type}'; write one of {[*TYPES]}")
+        if self.bandwidth is None:
+            object.__setattr__(self, "bandwidth", BANDWIDTHS[self.type])
         require(self.mode in MODES, f"model.kernel.mode is '{self.mode}'; write one of {[*MODES]}")
         n, per = self.features, self.multiple_of
         require(
@@ -139,7 +141,8 @@ def key_features(
 ) -> jax.Array:
     """phi(x): (B, T, H, d) -> (B, T, H, M), with E[phi(x) . phi(y)] = `exact_kernel` over draws of the matrix.
 
-    In x's dtype in softmax mode, float32 and not negative in linear mode; phases and exponents are float32.
+    In x's dtype in softmax mode, where the frequencies enter in it too (`trig_features`); float32 and not negative in
+    linear mode. Phases and exponents are float32.
 
     positions_BT makes them rotary. Trigonometric features (`KernelSpec.trigonometric`) take positions into their
     phases, those of the linear kernel in softmax mode are turned themselves: inner products depend on differences of
@@ -148,16 +151,13 @@ def key_features(
     """
     if spec.exponential:
         exponents_BTHM = _exponents(spec, params, x_BTHd, positions_BT, theta)
-        return jnp.exp(jnp.minimum(exponents_BTHM, MAX_EXPONENT)) * spec.features**-0.5
+        return jnp.exp(jnp.clip(exponents_BTHM, -MAX_EXPONENT, MAX_EXPONENT)) * spec.features**-0.5
     if spec.type == "linear":
         return _projections(spec, params, x_BTHd, positions_BT, theta)
-    phases_BTHF = _project(x_BTHd, frequencies(spec, params))
-    if positions_BT is not None:
-        phases_BTHF += positions_BT[:, :, None, None].astype(jnp.float32) * rotary_angles(spec, theta)
-    cos_BTHF, sin_BTHF = jnp.cos(phases_BTHF), jnp.sin(phases_BTHF)
+    x_BTHd = x_BTHd if spec.mode == "softmax" else x_BTHd.astype(jnp.float32)
+    cos_BTHF, sin_BTHF = trig_features(x_BTHd, frequencies(spec, params), rotary_angles(spec, theta), positions_BT)
     if spec.mode == "softmax":
-        phi_BTHM = jnp.concatenate([cos_BTHF, sin_BTHF], axis=-1) * spec.columns**-0.5
-        return phi_BTHM.astype(x_BTHd.dtype)
+        return jnp.concatenate([cos_BTHF, sin_BTHF], axis=-1) * spec.columns**-0.5
     return jnp.concatenate([1 + cos_BTHF, 1 + sin_BTHF, 1 - cos_BTHF, 1 - sin_BTHF], axis=-1) * spec.features**-0.5
 
 

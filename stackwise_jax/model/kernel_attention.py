@@ -13,11 +13,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 
 from stackwise_jax.kernels.attention.api import attention
 from stackwise_jax.kernels.feature_attention.api import feature_attention
-from stackwise_jax.kernels.feature_attention.features import trig_features
 from stackwise_jax.kernels.linear_attention.api import LinearState, linear_attention, linear_step
 from stackwise_jax.model.features import (
     KernelSpec,
@@ -78,10 +76,6 @@ def keys_as_features(block: Block, params: Params, k_BTKd: jax.Array, positions_
 
 def _features(make: Callable, block: Block, params: Params, x_BTHd: jax.Array, positions_BT: jax.Array) -> jax.Array:
     spec, rotary_BT = _spec(block), positions_BT if block.use_rope else None
-    if spec.mode == "softmax" and spec.trigonometric:  # in the precision of feature_attention
-        angles_F = rotary_angles(spec, block.rope_theta)
-        parts = trig_features(x_BTHd, frequencies(spec, params["features"]), angles_F, rotary_BT)
-        return jnp.concatenate(parts, axis=-1) * spec.columns**-0.5
     return make(spec, params["features"], x_BTHd, rotary_BT, block.rope_theta)
 
 

@@ -71,16 +71,18 @@ def project(
 def dense_kernel(block: Block, params: Params, name: str) -> jax.Array:
     """The matrix (I, O) that `project` without dropout multiplies with, adapters in it, in the compute dtype.
 
+    With adapters it is float32: in bf16 most entries of a small update would vanish beside those of the kernel.
+
     What is quantized is dequantized, whatever quantized_matmul says.
     """
-    kernel_IO = params[name]["kernel"]
+    kernel_IO, adapters = params[name]["kernel"], params[name].get("adapters", {})
     if isinstance(kernel_IO, QuantizedTensor):
         kernel_IO = dequantize(kernel_IO, jnp.float32)
     if block.spectral_norm > 0.0:
         kernel_IO = bound_kernel(kernel_IO, block.spectral_norm)
-    kernel_IO = kernel_IO.astype(dtype_of(block.compute_dtype))
-    for adapter in params[name].get("adapters", {}).values():
-        a_IR, b_RO, scale = (adapter[leaf].astype(kernel_IO.dtype) for leaf in ("a", "b", "scale"))
+    kernel_IO = kernel_IO.astype(jnp.float32 if adapters else dtype_of(block.compute_dtype))
+    for adapter in adapters.values():
+        a_IR, b_RO, scale = (adapter[leaf].astype(jnp.float32) for leaf in ("a", "b", "scale"))
         kernel_IO = kernel_IO + jnp.matmul(a_IR * scale, b_RO)
     return kernel_IO
 

@@ -155,7 +155,7 @@ def absorbed_attention(
     both_CKI = dense_kernel(block, params, "kv_b").reshape(mla.rkv, K, mla.nope_dim + mla.v_dim)
     k_CKd, v_CKe = both_CKI[..., : mla.nope_dim], both_CKI[..., mla.nope_dim :]
     q_BSKGd = q_BSHd.reshape(B, S, K, -1, mla.nope_dim)
-    q_BSHC = jnp.einsum("BSKGd,CKd->BSKGC", q_BSKGd, k_CKd).reshape(B, S, -1, mla.rkv)
+    q_BSHC = jnp.einsum("BSKGd,CKd->BSKGC", q_BSKGd, k_CKd).reshape(B, S, -1, mla.rkv).astype(q_BSHd.dtype)
     o_BSHC = attention(
         q_BSHC,
         latent_BMC[:, :, None],
@@ -168,7 +168,7 @@ def absorbed_attention(
         implementation=block.attention_implementation,
     )
     o_BSKGe = jnp.einsum("BSKGC,CKe->BSKGe", o_BSHC.reshape(B, S, K, -1, mla.rkv), v_CKe)
-    return o_BSKGe.reshape(B, S, -1, mla.v_dim)
+    return o_BSKGe.reshape(B, S, -1, mla.v_dim).astype(o_BSHC.dtype)
 
 
 def _sizes(block: Block) -> tuple[MLASpec, int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from stackwise_jax.model.block import ATTENTION_TYPES, check_mode
-from stackwise_jax.model.features import BANDWIDTHS, KernelSpec
+from stackwise_jax.model.features import KernelSpec
 from stackwise_jax.model.mla import MLASpec
 from stackwise_jax.model.spec import refuse_unknown, require
 
@@ -156,13 +156,11 @@ def _kernel_spec(given: KernelSpec | Mapping[str, Any] | str | None, preset_type
     if isinstance(given, KernelSpec):
         return given
     fields: dict[str, Any] = {"type": given} if isinstance(given, str) else dict(given or {})
-    if fields.get("bandwidth", 0) is None:
-        del fields["bandwidth"]
     usual = {f.name: f.default for f in dataclasses.fields(KernelSpec)}
     refuse_unknown(fields, [*usual], "key in kernel:")
     kind = fields.pop("type", None) or preset_type
     if kind is not None:
-        return KernelSpec(kind, **{"bandwidth": BANDWIDTHS.get(kind, 1.0), **fields})
+        return KernelSpec(kind, **fields)
     for name, value in fields.items():
         require(
             value == usual[name],

@@ -42,9 +42,9 @@ def linear_attention(
     """sum_s w v_s / sum_s w with w = q . k_s >= 0 over the rows s that are seen; query head h uses key head h // (H/K).
 
     A query sees a key if, when causal, the key's row is not below its own, and if both lie in the same segment, where
-    segment ids are given; id 0 is padding and is seen by none. Rows of a segment stand together, as packing puts them:
-    the chunked form forgets a segment where another begins. A query that sees nothing, or nothing of weight above 0,
-    gives 0 with gradient 0.
+    segment ids are given; id 0 is padding and is seen by none. Rows of a segment stand together, as packing puts them,
+    with or without padding among them: the chunked form forgets a segment where another begins. A query that sees
+    nothing, or nothing of weight above 0, gives 0 with gradient 0.
 
     Args:
         q_BTHM, k_BSKM: any floating dtype; features that are not negative.

@@ -138,9 +138,16 @@ def _pass(passed: Passed, k_BcKM: jax.Array, v_BcKe: jax.Array, ids_Bc: jax.Arra
     """What has been passed after this chunk: of it and of what lay before, the rows of the segment that goes on."""
     if ids_Bc is None:
         return Passed(absorb(passed.state, k_BcKM, v_BcKe), None)
-    segment_B = ids_Bc[:, 0] if reverse else ids_Bc[:, -1]
+    segment_B = _last_segment(passed.segment_B, ids_Bc[:, ::-1] if reverse else ids_Bc)
     goes_on_B111 = (passed.segment_B == segment_B)[:, None, None, None]
     sum_BKMe = jnp.where(goes_on_B111, passed.state.sum_BKMe, 0.0)
     norm_BKM = jnp.where(goes_on_B111[..., 0], passed.state.norm_BKM, 0.0)
-    k_BcKM = jnp.where((ids_Bc == segment_B[:, None])[:, :, None, None], k_BcKM, 0.0)
+    k_BcKM = jnp.where(((ids_Bc == segment_B[:, None]) & (ids_Bc != 0))[:, :, None, None], k_BcKM, 0.0)
     return Passed(absorb(LinearState(sum_BKMe, norm_BKM), k_BcKM, v_BcKe), segment_B)
+
+
+def _last_segment(before_B: jax.Array, ids_Bc: jax.Array) -> jax.Array:
+    """The segment of the last row that is no padding, which ends no segment; where all are padding, the one before."""
+    last_B = ids_Bc.shape[1] - 1 - jnp.argmax(ids_Bc[:, ::-1] != 0, axis=1)
+    ids_B = jnp.take_along_axis(ids_Bc, last_B[:, None], axis=1)[:, 0]
+    return jnp.where(ids_B != 0, ids_B, before_B)
