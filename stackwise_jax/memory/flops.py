@@ -2,9 +2,10 @@
 
 Counted are the matrix products of weights, of adapters, of random features and of attention (in full, not halved for
 causal masks). Not counted are norms, softmax, activations, the embedding, the distance of a consistency loss, the power
-iteration of spectral norms, the optimizer, and evaluation. The backward pass costs one forward for the gradients of the
-inputs (two for attention, both of whose operands are activations) and one for those of the weights and adapters that
-learn. Linear attention computes each chunk again in the backward pass.
+iteration of spectral norms, scores of a softmax that are computed again (chunks, flash kernels), the optimizer, and
+evaluation. The backward pass costs one forward for the gradients of the inputs (two for attention, both of whose
+operands are activations) and one for those of the weights and adapters that learn. Linear attention computes each chunk
+again in the backward pass.
 """
 
 from __future__ import annotations
