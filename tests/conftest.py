@@ -26,3 +26,4 @@ def compilation(request):
         jax.config.update("jax_disable_most_optimizations", quick)
         yield
         jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # modules share few programs, and all of them together take gigabytes

@@ -28,6 +28,8 @@ from stackwise_jax.model import concat_blocks, final_hidden, head_kernel
 from stackwise_jax.model import logits as head_logits
 from stackwise_jax.objectives import Examples, max_targets
 
+pytestmark = pytest.mark.optimized
+
 OBJECTIVES = {
     "clm": [],
     "mlm": ["objective.kind=mlm", "objective.corruption=fixed"],

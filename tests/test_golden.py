@@ -19,6 +19,8 @@ from tiny import losses, tiny, train
 from stackwise_jax.config import StackWiseConfig, load_config
 from stackwise_jax.engine import Interrupted, NullReporter, StopFlag
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 

@@ -239,8 +239,6 @@ DIFFUSION = {"objective.kind": "diffusion", "objective.noise": "elbo"}
 ADAPT = {"curriculum.trunk": "adapt", "curriculum.adapters.merge": "true", "curriculum.adapters.dropout": 0.1}
 PLANS = {
     "rackwise": {},
-    "layerwise": {},
-    "blockwise": {"curriculum.block_size": 1},
     "append": ADAPT | {"curriculum.frozen": "bf16"},
     "prepend": DIFFUSION | {"objective.time": "depth", "objective.noise": "range", "curriculum.consistency": 0.1},
     "grow": {"curriculum.init": "copy", "curriculum.optimizer_state": "keep"},

@@ -22,6 +22,8 @@ from stackwise_jax.errors import UsageError
 from stackwise_jax.memory.budget import Demand, Part, shortfalls
 from stackwise_jax.memory.devices import DEVICES, Device, Machine, available_host_bytes, claim_memory, machine_of
 
+pytestmark = pytest.mark.optimized
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 NOWHERE = Path("no run directory")
 GB = 10**9
