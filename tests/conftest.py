@@ -18,8 +18,8 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def compilation(request):
     """Compiling is most of the time of the tests, so it leaves out what makes programs fast, here and in the processes
-    that a test starts; a module marked `optimized` compiles as users do."""
-    quick = request.node.get_closest_marker("optimized") is None
+    that a test starts; a module marked `optimized` compiles as users do, and on a GPU all do."""
+    quick = request.node.get_closest_marker("optimized") is None and jax.default_backend() == "cpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
         before = jax.config.values["jax_disable_most_optimizations"]

@@ -237,11 +237,10 @@ def test_named_shapes_are_arguments(name):
 
 
 @pytest.mark.parametrize("maps", [False, True])
-def test_a_shape_compiles_and_runs_where_the_implementation_can(maps):
+def test_a_shape_compiles_and_runs(maps):
     spec = ArgSpec(1, 16, 2, 1, size=4, value_size=8, features=8)
-    calls = {name: compile_linear_attention(spec, name, maps=maps, backward=True) for name in (*BOTH, "pallas")}
-    assert calls.pop("pallas") is None
-    for call in calls.values():
+    for name in BOTH:
+        call = compile_linear_attention(spec, name, maps=maps, backward=True)
         call.run(2)
         assert call.temp_bytes > 0
 

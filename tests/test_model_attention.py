@@ -282,6 +282,16 @@ def test_small_adapters_on_the_absorbed_matrix_survive_in_bf16():
     np.testing.assert_allclose(change, 1e-4, rtol=1e-2)
 
 
+def test_adapters_decode_in_bf16_as_they_compute():
+    given, x_BTD = block("mla", n_kv_heads=2).clone(compute_dtype="bf16", parent=None), make_input()
+    params = params_of(given)
+    params = first(combine(*adapted(given, params)))
+    whole_BTD, step_BTD = full(given, params, x_BTD), decoded(given, params, x_BTD)
+    exact_BTD = full(given.clone(compute_dtype="fp32", parent=None), params, x_BTD)
+    assert whole_BTD.dtype == step_BTD.dtype == jnp.bfloat16
+    assert np.abs(step_BTD - whole_BTD).max() < 2 * np.abs(whole_BTD - exact_BTD).max() < 0.3
+
+
 def test_sizes_that_are_not_used_tell_no_blocks_apart():
     kernel, sizes = KernelSpec("cauchy"), [MLASpec(None, 8, 4, rope, 4) for rope in (2, 8)]
     assert block("mla", kernel, mla=sizes[0]) == block("mla", kernel, mla=sizes[1])

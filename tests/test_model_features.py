@@ -254,7 +254,7 @@ def test_features_keep_bf16_in_softmax_mode_and_are_float32_in_linear_mode(type,
         ({"type": "gaussian", "features": -1, "mode": "linear"}, "model.kernel.features is -1; write at least 1 for"),
         ({"bandwidth": 0.0}, "model.kernel.bandwidth is 0.0; write a positive number"),
         ({"bandwidth": float("nan")}, "model.kernel.bandwidth is nan; write a positive number"),
-        ({"type": "linear", "bandwidth": 2.0}, "the linear kernel has no bandwidth; leave it at 1.0"),
+        ({"type": "linear", "bandwidth": 2.0}, "the linear kernel has no bandwidth; leave it out"),
     ],
 )
 def test_impossible_kernels_are_refused_in_one_sentence(fields, sentence):

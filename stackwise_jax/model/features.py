@@ -64,7 +64,7 @@ class KernelSpec:
         )
         require(
             self.type != "linear" or self.bandwidth == 1.0,
-            f"model.kernel.bandwidth is {self.bandwidth} and the linear kernel has no bandwidth; leave it at 1.0",
+            f"model.kernel.bandwidth is {self.bandwidth} and the linear kernel has no bandwidth; leave it out",
         )
 
     @property

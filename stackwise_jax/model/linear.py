@@ -69,21 +69,20 @@ def project(
 
 
 def dense_kernel(block: Block, params: Params, name: str) -> jax.Array:
-    """The matrix (I, O) that `project` without dropout multiplies with, adapters in it, in the compute dtype.
+    """The matrix (I, O) that `project` without dropout multiplies with, adapters in it.
 
-    With adapters it is float32: in bf16 most entries of a small update would vanish beside those of the kernel.
-
-    What is quantized is dequantized, whatever quantized_matmul says.
+    In the compute dtype, and with adapters in float32: in bf16 most entries of a small update would vanish beside those
+    of the kernel. What is quantized is dequantized, whatever quantized_matmul says.
     """
     kernel_IO, adapters = params[name]["kernel"], params[name].get("adapters", {})
     if isinstance(kernel_IO, QuantizedTensor):
         kernel_IO = dequantize(kernel_IO, jnp.float32)
     if block.spectral_norm > 0.0:
         kernel_IO = bound_kernel(kernel_IO, block.spectral_norm)
-    kernel_IO = kernel_IO.astype(jnp.float32 if adapters else dtype_of(block.compute_dtype))
+    kernel_IO = kernel_IO.astype(dtype_of(block.compute_dtype))
     for adapter in adapters.values():
         a_IR, b_RO, scale = (adapter[leaf].astype(jnp.float32) for leaf in ("a", "b", "scale"))
-        kernel_IO = kernel_IO + jnp.matmul(a_IR * scale, b_RO)
+        kernel_IO = kernel_IO.astype(jnp.float32) + jnp.matmul(a_IR * scale, b_RO, precision="highest")
     return kernel_IO
 
 

@@ -18,6 +18,7 @@ the latent (rkv).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -155,7 +156,8 @@ def absorbed_attention(
     both_CKI = dense_kernel(block, params, "kv_b").reshape(mla.rkv, K, mla.nope_dim + mla.v_dim)
     k_CKd, v_CKe = both_CKI[..., : mla.nope_dim], both_CKI[..., mla.nope_dim :]
     q_BSKGd = q_BSHd.reshape(B, S, K, -1, mla.nope_dim)
-    q_BSHC = jnp.einsum("BSKGd,CKd->BSKGC", q_BSKGd, k_CKd).reshape(B, S, -1, mla.rkv).astype(q_BSHd.dtype)
+    multiply = partial(jnp.einsum, precision="highest")  # a matrix with adapters is float32, and has to stay so
+    q_BSHC = multiply("BSKGd,CKd->BSKGC", q_BSKGd, k_CKd).reshape(B, S, -1, mla.rkv).astype(q_BSHd.dtype)
     o_BSHC = attention(
         q_BSHC,
         latent_BMC[:, :, None],
@@ -167,7 +169,7 @@ def absorbed_attention(
         q_positions_BT=positions_BS,
         implementation=block.attention_implementation,
     )
-    o_BSKGe = jnp.einsum("BSKGC,CKe->BSKGe", o_BSHC.reshape(B, S, K, -1, mla.rkv), v_CKe)
+    o_BSKGe = multiply("BSKGC,CKe->BSKGe", o_BSHC.reshape(B, S, K, -1, mla.rkv), v_CKe)
     return o_BSKGe.reshape(B, S, -1, mla.v_dim).astype(o_BSHC.dtype)
 
 

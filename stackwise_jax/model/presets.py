@@ -156,8 +156,9 @@ def _kernel_spec(given: KernelSpec | Mapping[str, Any] | str | None, preset_type
     if isinstance(given, KernelSpec):
         return given
     fields: dict[str, Any] = {"type": given} if isinstance(given, str) else dict(given or {})
-    usual = {f.name: f.default for f in dataclasses.fields(KernelSpec)}
+    usual = {f.name: f.default for f in dataclasses.fields(KernelSpec)} | {"bandwidth": 1.0}
     refuse_unknown(fields, [*usual], "key in kernel:")
+    fields = {name: value for name, value in fields.items() if value is not None}
     kind = fields.pop("type", None) or preset_type
     if kind is not None:
         return KernelSpec(kind, **fields)

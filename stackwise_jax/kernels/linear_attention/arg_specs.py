@@ -1,4 +1,4 @@
-"""Shapes that linear attention has in models, by name, for benchmarks and tests.
+"""Shapes that linear attention has in models, by name, for tests.
 
 Legend: B batch, T rows, H query heads, K key/value heads, N size of queries and keys, e value size.
 """

@@ -10,15 +10,11 @@ from stackwise_jax.kernels.linear_attention.arg_specs import ArgSpec, make_args
 from stackwise_jax.kernels.measure import Compiled, compiled
 
 
-def compile_linear_attention(
-    spec: ArgSpec, implementation: Implementation, *, maps: bool, backward: bool
-) -> Compiled | None:
-    """The call, or its gradients to all arrays; None: the implementation cannot do it.
+def compile_linear_attention(spec: ArgSpec, implementation: Implementation, *, maps: bool, backward: bool) -> Compiled:
+    """The call, or its gradients to all arrays.
 
     maps: it makes the features itself, exp(w . x - |x|^2) of queries and keys; else it is given them.
     """
-    if implementation in ("cudnn", "pallas"):
-        return None
     args = make_args(spec, spec.size if maps else spec.features, jax.random.key(0))
     matrix_NM = jax.random.normal(jax.random.key(1), (spec.size, spec.features))
 
