@@ -1,6 +1,6 @@
 """The streamed executor against the resident one, and what it keeps on the device.
 
-That every plan trains alike in both is in test_engine_plans.py; that plans are continued bitwise, in test_kill_resume.py.
+That every plan trains alike in both is in test_engine_plans.py, that they are continued bitwise in test_kill_resume.py.
 """
 
 from __future__ import annotations

@@ -116,8 +116,7 @@ def test_keys_of_another_length_have_segments_of_their_own(causal):
     assert not np.asarray(got["o_BTHe"])[:, 10:20].any()
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("segmented", [True, False])
+@pytest.mark.parametrize(("segmented", "causal"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("sizes", ["grouped heads", "shared part, grouped heads, odd sizes"])
 def test_half_precision_is_close_to_float32(sizes, dtype, segmented, causal):

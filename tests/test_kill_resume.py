@@ -238,13 +238,10 @@ def test_what_a_kill_before_the_first_record_leaves_is_begun_anew(tmp_path, env,
 DIFFUSION = {"objective.kind": "diffusion", "objective.noise": "elbo"}
 ADAPT = {"curriculum.trunk": "adapt", "curriculum.adapters.merge": "true", "curriculum.adapters.dropout": 0.1}
 PLANS = {
-    "rackwise": {},
     "append": ADAPT | {"curriculum.frozen": "bf16"},
     "prepend": DIFFUSION | {"objective.time": "depth", "objective.noise": "range", "curriculum.consistency": 0.1},
     "grow": {"curriculum.init": "copy", "curriculum.optimizer_state": "keep"},
-    "keep_last": {"curriculum.init": "zero"},
     "cycle": {"curriculum.rounds": 2, "optimizer.name": "muon", "memory.offload": "trunk"},
-    "independent": DIFFUSION | {"objective.interval_overlap": 0.2},
     "fusion": {
         "curriculum.learn": "[0, 2]",
         "curriculum.trunk": "adapt",
@@ -253,7 +250,6 @@ PLANS = {
         "memory.offload_to": "disk",
         "memory.stack_inputs": "host",
     },
-    "joint": DIFFUSION | {"objective.time": "input", "memory.offload": "trunk+optimizer", "optimizer.clip": "stack"},
     "custom": {
         "curriculum.phases": "[{name: a, path: [0, 1], train: [0, 1], train_embed: true}, {name: b, path: [0, 1], "
         "adapt: [0, 1]}, {name: c, path: [2, 0, 1], train: [2], adapt: [1], merge_adapters: true, init: copy}]"
