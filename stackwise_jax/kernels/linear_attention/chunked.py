@@ -136,7 +136,7 @@ def _within(
 
 def _pass(passed: Passed, k_BcKM: jax.Array, v_BcKe: jax.Array, ids_Bc: jax.Array | None, reverse: bool) -> Passed:
     """What has been passed after this chunk: of it and of what lay before, the rows of the segment that goes on."""
-    if ids_Bc is None:
+    if ids_Bc is None or passed.segment_B is None:
         return Passed(absorb(passed.state, k_BcKM, v_BcKe), None)
     segment_B = _last_segment(passed.segment_B, ids_Bc[:, ::-1] if reverse else ids_Bc)
     goes_on_B111 = (passed.segment_B == segment_B)[:, None, None, None]
