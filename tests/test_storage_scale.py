@@ -20,7 +20,7 @@ from stackwise_jax.engine.convert import Changes, convert_run
 from stackwise_jax.engine.source import Source
 from stackwise_jax.engine.weights import Weights, adapter_item, stack_item
 
-MANY, FEW = 7, 2
+MANY, FEW = 8, 2
 STACK = 41_960_000  # bytes in fp32
 WIDE = ["model.d_model=1024", "model.n_heads=8", "model.d_ff=2048", "curriculum.plan=custom"]
 
