@@ -123,7 +123,7 @@ class Trainer:
     def _data(self, batch: int, rate: float) -> StepData:
         placement = self.setup.placement
         lr, visit = placement.put((np.float32(rate), np.int32(0)), placement.replicated)
-        return StepData(put_examples(placement, self._loader.batch(batch)[1]), None, lr, visit)
+        return StepData(put_examples(placement, self._loader.batch(batch)), None, lr, visit)
 
 
 def losses_of(trainer: Trainer, way: Way) -> dict[str, Any]:

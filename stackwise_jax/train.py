@@ -141,7 +141,8 @@ def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any]:
     console.print(
         f"{len(rack.stacks)} stacks of {list(setup.plan.stack_sizes)} blocks, {rack.parameter_count():,} parameters "
         f"({learns:,} can learn); vocabulary {rack.vocab_size}; {len(setup.train)} training and {len(setup.valid)} "
-        f"held-out sequences of {config.data.seq_len} tokens; run directory {run_dir}",
+        f"held-out sequences of {config.data.seq_len} tokens, an epoch uses all of the former in "
+        f"{setup.loader().n_batches} batches; run directory {run_dir}",
         soft_wrap=True,
     )
     print_plan(rows, console)

@@ -71,9 +71,9 @@ def directory(config: StackWiseConfig) -> Any:
 def text(config: StackWiseConfig) -> Any:
     """Training and held-out text, and the first batch."""
     parts = built(config)
-    batch_id, examples = parts.loader().batch(0)
+    examples = parts.loader().batch(0)
     batch = [array.tolist() for array in examples]
-    return parts.train.fingerprint, parts.valid.fingerprint, batch_id, batch
+    return parts.train.fingerprint, parts.valid.fingerprint, batch
 
 
 def tokenizer(config: StackWiseConfig) -> Any:
@@ -150,7 +150,7 @@ def cache_contents(config: StackWiseConfig) -> Any:
     """Where a cache that holds three batches puts them, and how far it reads ahead."""
     parts, depths = built(config), []
     phase, key = dataclasses.replace(parts.plan.phases[1], steps=3), jax.random.key(0)
-    task, loader, weights = parts.task(phase), parts.loader(), Weights(parts.rack, parts.placement, None, key)
+    task, loader, weights = parts.task(phase), parts.loader(fixed=True), Weights(parts.rack, parts.placement, None, key)
     prefix = Prefix(weights, phase, task, parts.placement, key)
     for item in itertools.chain(*prefix.layers):
         weights.grow(item)

@@ -1,5 +1,6 @@
 """Datasets and the stream of batches: complete, deterministic, and resumed exactly."""
 
+import dataclasses
 import json
 import threading
 
@@ -22,14 +23,14 @@ def dataset(tmp_path):
 
 
 def same(a, b):
-    return a[0] == b[0] and all((x == y).all() for x, y in zip(a[1], b[1], strict=True))
+    return all((x == y).all() for x, y in zip(a, b, strict=True))
 
 
 # Datasets
 
 
 @pytest.mark.parametrize("packing", ["pack", "chunk"])
-def test_dataset_holds_every_document_behind_bos(tmp_path, packing):
+def test_dataset_holds_every_document_between_bos_and_eos(tmp_path, packing):
     path = tmp_path / "t.txt"
     path.write_text("first\nline\n\nsécond\n\n" + "long " * 20)
     data = load_text_dataset(path, DataConfig(seq_len=T, packing=packing), ByteTokenizer())
@@ -37,11 +38,13 @@ def test_dataset_holds_every_document_behind_bos(tmp_path, packing):
     documents = ["first\nline", "sécond", "long " * 20]
     assert data.n_bytes == sum(len(d.encode()) for d in documents)
     assert ByteTokenizer().token_bytes[data.tokens_NT].sum() == data.n_bytes
-    assert (data.tokens_NT[real] == 1).sum() == len(documents)
-    assert real.sum() == data.n_bytes + len(documents)
+    tokens = data.tokens_NT[real]
+    assert (tokens == ByteTokenizer.bos_id).sum() == (tokens == ByteTokenizer.eos_id).sum() == len(documents)
+    assert real.sum() == data.n_bytes + 2 * len(documents)
     assert (data.tokens_NT[~real] == ByteTokenizer().pad_id).all()
     if packing == "chunk":
         assert ByteTokenizer().decode(data.tokens_NT.reshape(-1)) == "".join(documents)
+        assert (np.flatnonzero(tokens == 1)[1:] == np.flatnonzero(tokens == 2)[:-1] + 1).all()
     else:
         assert ByteTokenizer().decode(data.tokens_NT[0][data.segment_ids_NT[0] == 1]) == documents[0]
 
@@ -90,13 +93,26 @@ def test_every_source_gives_both_datasets(tmp_path):
         assert train.tokens_NT.shape[1] == valid.tokens_NT.shape[1] == cfg.seq_len
 
 
+def test_held_out_text_that_is_trained_on_is_told_in_one_line(tmp_path, caplog):
+    (tmp_path / "t.txt").write_text("one\n\ntwo\n\nthree\n\nfour")
+    (tmp_path / "v.txt").write_text("two\n\nother\n\nnew")
+    cfg = DataConfig(source="text", path=str(tmp_path / "t.txt"), seq_len=8)
+    for valid, share in (("v.txt", "27.3 %"), ("t.txt", "100 %")):
+        caplog.clear()
+        load_datasets(dataclasses.replace(cfg, valid_path=str(tmp_path / valid)), ByteTokenizer(), seed=0)
+        assert [record.levelname for record in caplog.records] == ["WARNING"] and share in caplog.text
+    caplog.clear()
+    load_datasets(dataclasses.replace(cfg, valid_fraction=0.3), ByteTokenizer(), seed=0)
+    assert not caplog.records
+
+
 def test_text_shorter_than_a_sequence(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("ab\ncd\nef")
     cfg = DataConfig(source="text", path=str(path), seq_len=64, valid_fraction=0.3)
-    with pytest.raises(UsageError, match=r"data.path .*t.txt gives 6 tokens .* data.seq_len 64; write data.seq_len 6"):
+    with pytest.raises(UsageError, match=r"data.path .*t.txt gives 8 tokens .* data.seq_len 64; write data.seq_len 8"):
         load_datasets(cfg, ByteTokenizer(), seed=0)
-    with pytest.raises(UsageError, match=r"data.source synthetic gives 11 tokens"):
+    with pytest.raises(UsageError, match=r"data.source synthetic gives 12 tokens"):
         load_datasets(DataConfig(source="synthetic", synthetic_tokens=10, seq_len=64), ByteTokenizer(), seed=0)
     assert len(load_text_dataset(path, cfg, ByteTokenizer())) == 1  # evaluating a short text is no mistake
 
@@ -111,32 +127,54 @@ def test_missing_file_of_ones_own(tmp_path):
 
 def test_batches_are_examples_of_the_dataset(dataset):
     loader = Loader(dataset, B, seed=0)
-    batch_id, examples = loader.batch(3)
-    assert isinstance(examples, Examples) and batch_id == loader.batch_id(3)
+    examples = loader.batch(3)
+    assert isinstance(examples, Examples)
     assert examples.tokens_BT.shape == (B, T) and {a.dtype for a in examples} == {np.dtype(np.int32)}
     ids = examples.example_ids_B
     assert (examples.tokens_BT == dataset.tokens_NT[ids]).all()
     assert (examples.segment_ids_BT == dataset.segment_ids_NT[ids]).all()
     assert (examples.positions_BT == dataset.positions_NT[ids]).all()
-    assert same((batch_id, loader.examples(batch_id)), (batch_id, examples))
+    fixed = Loader(dataset, B, seed=0, fixed=True)
+    assert same(fixed.examples(fixed.batch_id(3)), examples)  # the first epoch is the same
     examples.tokens_BT[:] = -1  # a batch is a copy
     assert (dataset.tokens_NT >= 0).all()
 
 
-def test_composition_is_fixed_and_order_is_drawn_anew_each_epoch(dataset):
-    loader = Loader(dataset, B, seed=0)
-    n = loader.n_batches
-    assert n == len(dataset) // B > 3
+@pytest.fixture
+def odd(dataset):
+    """A dataset whose last sequences fill no batch."""
+    n = len(dataset) // B * B - 1
+    cut = {name: getattr(dataset, name)[:n] for name in ("tokens_NT", "segment_ids_NT", "positions_NT")}
+    return dataclasses.replace(dataset, **cut)
+
+
+def test_an_epoch_is_every_sequence_once(odd):
+    loader, n = Loader(odd, B, seed=0), len(odd)
+    ids = np.concatenate([loader.batch(i).example_ids_B for i in range(3 * n // B + 1)])[: 3 * n].reshape(3, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in ids.tolist())
+    assert all((loader.batch(i).segment_ids_BT != 0).any(1).all() for i in range(3 * n // B))
+    batches = [{tuple(sorted(b)) for b in epoch[: n // B * B].reshape(-1, B).tolist()} for epoch in ids]
+    assert len(batches[0] & batches[1]) < 3  # they are cut in another way each time
+    assert ids[0].tolist() != sorted(ids[0])
+
+
+def test_batches_that_stay_the_same_hold_every_sequence_once_and_repeats_without_weight(odd):
+    loader, n = Loader(odd, B, seed=0, fixed=True), -(-len(odd) // B)
+    assert loader.n_batches == n > 3 and len(odd) % B
     orders = [[loader.batch_id(epoch * n + i) for i in range(n)] for epoch in range(4)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert orders[0] != list(range(n)) and len({tuple(order) for order in orders}) == 4
-    seen: dict[int, tuple] = {}
+    seen: dict[int, Examples] = {}
     for i in range(3 * n):
-        batch_id, examples = loader.batch(i)
-        assert seen.setdefault(batch_id, tuple(examples.example_ids_B.tolist())) == tuple(examples.example_ids_B)
-    rows = [row for batch in seen.values() for row in batch]
-    assert len(rows) == len(set(rows)) == n * B
-    assert sorted(rows) != rows
+        examples = loader.batch(i)
+        assert same(seen.setdefault(loader.batch_id(i), examples), examples)
+    weighted = [
+        row
+        for ex in seen.values()
+        for row, real in zip(ex.example_ids_B, ex.segment_ids_BT.any(1), strict=True)
+        if real
+    ]
+    assert sorted(weighted) == list(range(len(odd)))
 
 
 def test_everything_is_a_function_of_dataset_seed_and_step(dataset):
@@ -149,9 +187,10 @@ def test_everything_is_a_function_of_dataset_seed_and_step(dataset):
 def test_without_shuffle_the_order_is_that_of_the_text(dataset):
     loader = Loader(dataset, B, seed=0, shuffle=False)
     n = loader.n_batches
-    rows = np.concatenate([loader.batch(i)[1].example_ids_B for i in range(n)])
-    assert rows.tolist() == list(range(n * B))
-    assert [loader.batch_id(n + i) for i in range(n)] == list(range(n))
+    rows = np.concatenate([loader.batch(i).example_ids_B for i in range(2 * n)])
+    assert rows.tolist() == [i % len(dataset) for i in range(2 * n * B)]
+    fixed = Loader(dataset, B, seed=0, shuffle=False, fixed=True)
+    assert [fixed.batch_id(n + i) for i in range(n)] == list(range(n))
 
 
 def test_iterator_gives_the_stream_and_resumes_exactly(dataset):

@@ -56,7 +56,7 @@ def test_round_trip_and_bytes_of_any_text(kind, text, trained):
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
-    assert not len(ids) or (ids.min() >= tokenizer.n_special and ids.max() < tokenizer.vocab_size)
+    assert not len(ids) or (not {*ids.tolist()} & {*tokenizer.special_ids} and ids.max() < tokenizer.vocab_size)
 
 
 def test_random_unicode_round_trips(trained):
@@ -82,7 +82,7 @@ def test_byte_ids():
 
 def test_specials_of_trained_model(trained):
     assert (trained.pad_id, trained.bos_id, trained.eos_id, trained.mask_id) == (0, 2, 3, 4)
-    assert trained.n_special == 5
+    assert (trained.special_ids, trained.unk_id) == ((0, 2, 3, 4), 1)
     assert trained.token_bytes[:5].tolist() == [0] * 5
     assert trained.token_bytes.shape == (trained.vocab_size,)
 
@@ -126,7 +126,8 @@ def test_given_model_without_specials_gets_them_beyond_its_size(tmp_path):
     tokenizer = load_tokenizer(TokenizerConfig(kind="file", path=str(path)))
     n = tokenizer.n_model
     assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.vocab_size) == (n, n + 1, n + 2)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.n_special) == (1, 2, 3)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
+    assert tokenizer.special_ids == (1, 2, tokenizer.pad_id, tokenizer.mask_id)
     text = some_texts(1)[0].replace("\n", " ")
     ids = tokenizer.encode(text).tolist()
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.mask_id, tokenizer.pad_id]) == text

@@ -62,7 +62,7 @@ def packed_examples(seq_len: int = 16) -> Examples:
 def test_every_cached_chunk_is_what_the_prefix_computes(objective, kind, tmp_path):
     config = tiny("model.architecture.n_stacks=4", "curriculum.steps=5", *OBJECTIVES[objective])
     setup = prepare(config, tmp_path)
-    loader, placement = setup.loader(), setup.placement
+    loader, placement = setup.loader(fixed=True), setup.placement
     weights = Weights(setup.rack, placement, None, placement.put(jax.random.key(0), placement.replicated))
     for item in [EMBED, *map(stack_item, range(4))]:
         weights.ensure(item, "fp32")
@@ -223,7 +223,7 @@ def test_the_model_handed_back_is_the_model_that_was_trained(frozen, tmp_path):
     assert stored == {"000": trunk, "001": trunk, "002": {"float32"}}
     assert same_bits(loaded.params, in_memory)
 
-    examples = put_examples(run.placement, run.loader.examples(0))
+    examples = put_examples(run.placement, run.loader.batch(0))
     apply = jax.jit(lambda params: loaded.rack.apply({"params": params}, *examples[:1], examples[2], examples[1]))
     logits_BTV = apply(loaded.params)
     assert same_bits(logits_BTV, apply(in_memory))

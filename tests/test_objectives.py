@@ -18,7 +18,7 @@ from stackwise_jax.objectives import Examples, Vocab, example_keys, make_batch, 
 from stackwise_jax.objectives.corruption import hidden_count, hidden_weight
 from stackwise_jax.objectives.schedules import SCHEDULES
 
-VOCAB = Vocab(size=40, mask_id=3, pad_id=0, n_special=4)
+VOCAB = Vocab(size=40, mask_id=3, pad_id=0, special_ids=(0, 1, 2, 3), eos_id=2)
 CLM, MLM, DIFFUSION = (Objective(kind=kind) for kind in ("clm", "mlm", "diffusion"))
 FIXED = Noise(kind="fixed", low=0.15, high=0.15)
 RANGE = Noise(kind="range", low=0.15, high=0.9)
@@ -36,7 +36,7 @@ def examples_of(lengths, seq_len=32, seed=0) -> Examples:
         start = 0
         for number, length in enumerate(documents if isinstance(documents, list) else [documents], 1):
             span = slice(start, start + length)
-            tokens_BT[row, span] = rng.integers(VOCAB.n_special, VOCAB.size, length)
+            tokens_BT[row, span] = rng.choice(VOCAB.ordinary_ids, length)
             segment_ids_BT[row, span], positions_BT[row, span] = number, np.arange(length)
             start += length
     return Examples(tokens_BT, segment_ids_BT, positions_BT, np.arange(100, 100 + len(lengths), dtype=np.int32))
@@ -119,25 +119,74 @@ def test_mlm_chooses_the_stated_share_and_replaces_80_10_10():
         random += other.sum()
         replaced_by |= set(shown[other].tolist())
     total = masked + random + kept
-    same = 0.1 / VOCAB.ordinary  # a random token may be the original one
+    same = 0.1 / len(VOCAB.ordinary_ids)  # a random token may be the original one
     for count, share in ((masked, 0.8), (random, 0.1 - same), (kept, 0.1 + same)):
         assert abs(count / total - share) < 4 * math.sqrt(share * (1 - share) / total)
-    assert replaced_by == set(range(VOCAB.n_special, VOCAB.size))
+    assert replaced_by == set(VOCAB.ordinary_ids.tolist())
 
 
-def test_random_replacement_skips_a_mask_token_added_beyond_the_specials():
-    vocab = Vocab(size=9, mask_id=8, pad_id=5, n_special=3)
+def test_random_replacement_skips_special_ids_wherever_they_are():
+    vocab = Vocab(size=9, mask_id=8, pad_id=5, eos_id=0, special_ids=(0, 2, 5, 8), unk_id=7)
     examples = examples_of([32] * 256)
     examples = examples._replace(tokens_BT=np.full_like(examples.tokens_BT, 1))
     shown = batch_of(MLM, Noise(kind="fixed", low=0.9, high=0.9), examples, vocab=vocab).inputs_BT
-    assert set(np.unique(shown).tolist()) == {1, 3, 4, 6, 7, 8}
+    assert set(np.unique(shown).tolist()) == {1, 3, 4, 6, 8}
+
+
+def documents_of(vocab, bos_id, lengths, seq_len) -> Examples:
+    """Rows of packed documents, bos and eos around ordinary tokens; a row without lengths is padding."""
+    examples = examples_of([[n + 2 for n in row] for row in lengths], seq_len)
+    for row, documents in enumerate(lengths):
+        start = 0
+        for n in documents:
+            examples.tokens_BT[row, [start, start + n + 1]] = bos_id, vocab.eos_id
+            start += n + 2
+    examples.tokens_BT[examples.segment_ids_BT == 0] = vocab.pad_id
+    return examples
+
+
+# A tokenizer as others make them: special ids on both sides and in the middle.
+SCATTERED = Vocab(size=40, mask_id=39, pad_id=20, eos_id=38, special_ids=(0, 1, 20, 21, 38, 39))
+
+
+@pytest.mark.parametrize(("vocab", "bos_id"), [(VOCAB, 1), (SCATTERED, 21)])
+@pytest.mark.parametrize("packed_as_one", [False, True], ids=["pack", "chunk"])
+@pytest.mark.parametrize(("objective", "noise"), [(CLM, Noise()), *HIDING, (DIFFUSION, PART)])
+def test_the_end_of_a_document_is_a_target_and_no_other_special_token_is(
+    objective, noise, packed_as_one, vocab, bos_id
+):
+    examples = documents_of(vocab, bos_id, [[4, 7, 1], [20], [1, 1, 1, 1], []], seq_len=24)
+    if packed_as_one:
+        examples = examples._replace(segment_ids_BT=np.minimum(examples.segment_ids_BT, 1))
+    batches = [batch_of(objective, noise, examples, visit=visit, vocab=vocab) for visit in range(60)]
+    ended = np.zeros_like(examples.tokens_BT)
+    for batch in batches:
+        targets = batch.targets_BT[batch.weights_BT > 0]
+        assert not set(targets.tolist()) & {0, 1, vocab.mask_id, vocab.pad_id, bos_id} - {vocab.eos_id}
+        assert not (batch.counts_BT[~vocab.is_target[batch.targets_BT]]).any()
+        starts = examples.tokens_BT == bos_id
+        assert (batch.inputs_BT[starts] == bos_id).all()
+        ended += (batch.targets_BT == vocab.eos_id) & (batch.weights_BT > 0)
+    assert np.count_nonzero(ended) == 8  # the end of each of the eight documents, where it is often enough looked at
+
+
+@pytest.mark.parametrize(("objective", "noise"), HIDING)
+def test_shares_are_those_of_the_tokens_that_can_be_hidden(objective, noise):
+    examples = documents_of(VOCAB, 1, [[1, 1, 1, 1, 1, 1], [18]], seq_len=20)
+    batch = batch_of(objective, noise, examples)
+    chosen = (batch.weights_BT > 0).sum(1)
+    np.testing.assert_allclose(batch.hidden_B, chosen / [12, 19], rtol=1e-6)
+    if noise.kind == "elbo":
+        np.testing.assert_array_equal(batch.counts_BT.sum(1), [12, 19])
 
 
 def test_vocab_refuses_what_cannot_be_drawn_from():
     with pytest.raises(UsageError, match="mask id 9"):
-        Vocab(size=9, mask_id=9, pad_id=0, n_special=3)
+        Vocab(size=9, mask_id=9, pad_id=0, eos_id=2, special_ids=())
     with pytest.raises(UsageError, match="all special"):
-        Vocab(size=4, mask_id=3, pad_id=0, n_special=3)
+        Vocab(size=4, mask_id=3, pad_id=0, eos_id=2, special_ids=(1,))
+    with pytest.raises(UsageError, match="special id 12"):
+        Vocab(size=9, mask_id=3, pad_id=0, eos_id=2, special_ids=(12,))
 
 
 def test_every_position_is_chosen_equally_often():

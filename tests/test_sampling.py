@@ -23,7 +23,7 @@ from stackwise_jax.sampling import (
     unmask_counts,
 )
 
-VOCAB = Vocab(size=40, mask_id=3, pad_id=0, n_special=4)
+VOCAB = Vocab(size=40, mask_id=3, pad_id=0, special_ids=(0, 1, 2, 3), eos_id=2)
 GREEDY = {"max_tokens": 8, "temperature": 0.0}
 ROOT_KEY = jax.random.key(0)
 
@@ -223,7 +223,7 @@ def letters():
     """A tokenizer over 36 letters and digits with the ids of VOCAB; BOS 1, EOS 2."""
     symbols = "abcdefghijklmnopqrstuvwxyz0123456789"
     return SimpleNamespace(
-        vocab_size=40, n_special=4, pad_id=0, bos_id=1, eos_id=2, mask_id=3,
+        vocab_size=40, special_ids=(0, 1, 2, 3), unk_id=None, pad_id=0, bos_id=1, eos_id=2, mask_id=3,
         encode=lambda text: np.array([4 + symbols.index(letter) for letter in text], np.int32),
         decode=lambda ids: "".join(symbols[i - 4] for i in ids if i >= 4),
     )  # fmt: skip
@@ -241,6 +241,17 @@ def test_text_starts_with_the_prompt(causal_model, masked_model, objective_kind,
     assert result.text == sample_text(*model, letters(), prompt, **how)
     if objective_kind != "clm":
         assert len(result.text) == len(prompt) + 5
+
+
+@pytest.mark.parametrize("objective_kind", ["clm", "diffusion"])
+def test_the_text_ends_at_eos_whatever_the_model_is(objective_kind, monkeypatch):
+    """What comes behind EOS is no text, and EOS itself is no letter."""
+    ids = [VOCAB.eos_id if i == 6 else 4 + i for i in range(9)]
+    names = ("generate_causal", "generate_unmask")
+    for name in names:
+        monkeypatch.setattr(text, name, lambda *args, **how: np.array(ids, np.int32)[: 7 if "max_tokens" in how else 9])
+    result = sample(None, {}, letters(), "ab", objective_kind=objective_kind, max_tokens=6)
+    assert (result.text, result.n_prompt, result.n_new) == ("abcdef", 3, 4)
 
 
 def test_the_way_follows_from_what_the_model_is(masked_model, monkeypatch):

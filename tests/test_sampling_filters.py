@@ -63,7 +63,7 @@ def test_top_p_counts_only_what_top_k_left():
 
 
 def test_special_ids_and_vocabulary_padding_are_never_allowed():
-    vocab = Vocab(size=10, mask_id=9, pad_id=0, n_special=3)  # a mask id behind the pieces
+    vocab = Vocab(size=10, mask_id=9, pad_id=0, eos_id=2, special_ids=(0, 1, 2))  # a mask id behind the pieces
     np.testing.assert_array_equal(np.flatnonzero(allowed_ids(vocab, 16)), [3, 4, 5, 6, 7, 8])
     np.testing.assert_array_equal(np.flatnonzero(allowed_ids(vocab, 16, also=(2,))), [2, 3, 4, 5, 6, 7, 8])
     logits_NV = jnp.zeros((500, 16)).at[:, jnp.array([0, 9, 12])].set(50.0)

@@ -13,7 +13,7 @@ from stackwise_jax.sampling.prompt import masked_row
 from stackwise_jax.sampling.settle import settle, sureness
 from stackwise_jax.sampling.unmask import fill
 
-VOCAB = Vocab(size=8, mask_id=3, pad_id=0, n_special=4)
+VOCAB = Vocab(size=8, mask_id=3, pad_id=0, special_ids=(0, 1, 2, 3), eos_id=2)
 ALLOWED_V = allowed_ids(VOCAB, 8)
 OPEN_T = np.array([True, True, True, False])
 # Of the ids 4..7 at four positions; the last is not masked, and surer than all others.
@@ -90,7 +90,7 @@ def build(seed=0, **fields):
     return rack, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.7).astype(leaf.dtype), shapes)
 
 
-WIDE = Vocab(size=40, mask_id=3, pad_id=0, n_special=4)
+WIDE = Vocab(size=40, mask_id=3, pad_id=0, special_ids=(0, 1, 2, 3), eos_id=2)
 PROMPT_P = np.array([1, 5, 3, 9], np.int32)  # holds a mask token of its own
 
 
@@ -103,7 +103,8 @@ def test_no_pass_settles_a_later_block_before_an_earlier_one(order):
     how = {"filters": Filters(), "order": order, "attention_mode": None}
     for passes in range(8):
         counts = np.where(np.arange(7) < passes, counts_S, 0)  # the passes left out settle nothing
-        arrays = (row.tokens_T, row.masked_T, row.segment_ids_1T, counts, 4 + ends_S, keys_S, allowed_ids(WIDE, 40))
+        arrays = (row.tokens_T, row.masked_T, row.segment_ids_1T, row.n_hideable, counts, 4 + ends_S, keys_S)
+        arrays += (allowed_ids(WIDE, 40),)
         tokens_T, masked_T = fill(rack, params, *arrays, **how)
         left_B = [int(masked_T[start:end].sum()) for start, end in ((4, 8), (8, 12), (12, 15))]
         assert sum(left_B) == 11 - counts_S[:passes].sum()
@@ -128,7 +129,7 @@ def test_a_rack_with_a_time_embedding_is_told_the_share_that_is_masked(kind):
     rack, params = build(time_embedding=kind)
     row_T = np.concatenate([PROMPT_P, np.full(6, 3)]).astype(np.int32)
     for left in (6, 4, 2):
-        x_1TD = embed_tokens(rack, params["embed"], row_T[None], jnp.array([left / 10], jnp.float32))
+        x_1TD = embed_tokens(rack, params["embed"], row_T[None], jnp.array([left / 8], jnp.float32))
         x_1TD = run_stacks(rack.stacks, list(params["stacks"].values()), x_1TD)
         logits_TV = np.array(logits(rack, params["head"], params["embed"], x_1TD)[0, :, 4:])
         odds_TV = np.exp(logits_TV - logits_TV.max(-1, keepdims=True))
@@ -143,7 +144,8 @@ def test_a_rack_with_a_time_embedding_is_told_the_share_that_is_masked(kind):
 
 def two_at_a_time(rack, params):
     row = masked_row(PROMPT_P, 6, WIDE)
-    arrays = (row.tokens_T, row.masked_T, row.segment_ids_1T, np.full(3, 2), np.full(3, 10))
+    assert row.n_hideable == 8  # the block and two tokens of the prompt: BOS is never hidden, a mask is no text
+    arrays = (row.tokens_T, row.masked_T, row.segment_ids_1T, row.n_hideable, np.full(3, 2), np.full(3, 10))
     how = {"filters": Filters(temperature=0.0), "order": "confidence", "attention_mode": None}
     keys_S = jax.random.split(jax.random.key(0), 3)
     return np.asarray(fill(rack, params, *arrays, keys_S, allowed_ids(WIDE, 40), **how)[0])[:10]

@@ -113,7 +113,7 @@ def step_parts(config: StackWiseConfig, index: int = 0, examples=None, *, rack=N
     stacks = {i: weights.full(i) for i in phase.window}
     embed = weights.trees[EMBED]
     learning, frozen = split_phase(spec, window, embed, weights.trees[HEAD], stacks, jax.tree.map(jnp.copy, embed))
-    examples = put_examples(placement, setup.loader().examples(0) if examples is None else examples)
+    examples = put_examples(placement, setup.loader(fixed=True).examples(0) if examples is None else examples)
     lr, visit = put((np.float32(config.optimizer.lr), np.int32(0)))
     data = StepData(examples, None, lr, visit)
     constants = constants_of(placement, phase.seed, index, setup.tokenizer.token_bytes)

@@ -85,7 +85,7 @@ class DataConfig:
     seq_len: int = 256  # tokens
     batch_size: int = 16  # sequences per step, over all devices
     packing: Literal["pack", "chunk"] = "pack"  # pack: whole documents with segment ids; chunk: a plain stream
-    shuffle: bool = True  # examples once by run.seed, the order of the batches anew each epoch
+    shuffle: bool = True  # sequences and batches, by run.seed, in another way each epoch
     synthetic_tokens: int = 1_000_000  # synthetic: length of the training text, in symbols
 
 

@@ -164,7 +164,7 @@ class LabelledBatch(NamedTuple):
 class LabelledLoader:
     """An endless stream of batches for training; step i is a function of (dataset, batch_size, seed, i) alone.
 
-    All examples are shuffled anew for each epoch; the few that fill no batch are left out of that epoch.
+    All examples are shuffled for each epoch, and a batch that one epoch leaves open is filled by the next.
 
     Raises:
         UsageError: the dataset does not fill one batch.
@@ -176,13 +176,13 @@ class LabelledLoader:
                 f"data.batch_size is {batch_size}; write 1 to {len(dataset)} (the examples that there are)"
             )
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.n_batches = len(dataset) // batch_size  # of an epoch
         self._order = lru_cache(maxsize=2)(lambda epoch: shuffled(len(dataset), seed, epoch))
 
     def batch(self, i: int) -> LabelledBatch:
         """Step i of the stream, in numpy arrays of its own."""
-        epoch, place = divmod(i, self.n_batches)
-        return _batch(self.dataset, self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size])
+        steps = range(i * self.batch_size, (i + 1) * self.batch_size)
+        places = (divmod(step, len(self.dataset)) for step in steps)
+        return _batch(self.dataset, np.array([self._order(epoch)[place] for epoch, place in places]))
 
 
 def labelled_batches(dataset: LabelledDataset, batch_size: int) -> Iterator[LabelledBatch]:

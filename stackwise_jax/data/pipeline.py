@@ -6,6 +6,7 @@ Legend: N sequences of the dataset, B batch, T sequence length.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,12 +22,17 @@ from stackwise_jax.data.tokenizers import Tokenizer
 from stackwise_jax.errors import UsageError
 from stackwise_jax.objectives.batch import Examples
 
+log = logging.getLogger(__name__)
+
 _ENDLESS = 2**60  # batches in the stream
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Text as sequences of equal length. Each document begins with the token bos, so that its first byte is predicted.
+    """Text as sequences of equal length.
+
+    Each document begins with the token bos, so that its first token is predicted, and ends with the token eos, so that
+    its end is.
 
     Attributes:
         tokens_NT, segment_ids_NT, positions_NT: int32, as in `objectives.batch.Examples`.
@@ -61,6 +67,7 @@ def load_datasets(cfg: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Dat
             one sequence.
     """
     train_texts, valid_texts = split_documents(cfg, seed)
+    _warn_of_duplicates(train_texts, valid_texts)
     train, valid = build_dataset(train_texts, cfg, tokenizer), build_dataset(valid_texts, cfg, tokenizer)
     n_tokens = int((train.segment_ids_NT > 0).sum())
     if n_tokens < cfg.seq_len:
@@ -70,6 +77,18 @@ def load_datasets(cfg: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Dat
             f"write data.seq_len {n_tokens} at most or give more text"
         )
     return train, valid
+
+
+def _warn_of_duplicates(train: list[str], valid: list[str]) -> None:
+    """Held-out text that was trained on measures memory; say how much of it there is."""
+    known = set(valid).intersection(train)
+    if known:
+        share = sum(len(text) for text in valid if text in known) / sum(map(len, valid))
+        log.warning(
+            "%.3g %% of the held-out text stands in the training text too, document for document, so the held-out loss "
+            "is too low; name another data.valid_path, or remove the duplicates",
+            100 * share,
+        )
 
 
 def load_text_dataset(path: str | Path, cfg: DataConfig, tokenizer: Tokenizer) -> Dataset:
@@ -82,12 +101,12 @@ def load_text_dataset(path: str | Path, cfg: DataConfig, tokenizer: Tokenizer) -
 
 
 def build_dataset(texts: Iterable[str], cfg: DataConfig, tokenizer: Tokenizer) -> Dataset:
-    """Encode each document with bos in front, and cut the documents into sequences as `data.packing` says."""
-    bos = np.array([tokenizer.bos_id], np.int32)
+    """Encode each document between bos and eos, and cut the documents into sequences as `data.packing` says."""
+    bos, eos = (np.array([id_], np.int32) for id_ in (tokenizer.bos_id, tokenizer.eos_id))
     n_bytes, documents = 0, []
     for text in texts:
         n_bytes += len(text.encode())
-        documents.append(np.concatenate([bos, tokenizer.encode(text)]))
+        documents.append(np.concatenate([bos, tokenizer.encode(text), eos]))
     cut = pack if cfg.packing == "pack" else chunk
     arrays = cut(documents, cfg.seq_len, tokenizer.pad_id)
     digest = hashlib.sha256(f"{arrays[0].shape} {n_bytes} {tokenizer.fingerprint}".encode())
@@ -97,21 +116,24 @@ def build_dataset(texts: Iterable[str], cfg: DataConfig, tokenizer: Tokenizer) -
 
 
 class Loader:
-    """An endless stream of batches; everything in it is a function of (dataset, batch_size, seed, i).
+    """An endless stream of batches; everything in it is a function of (dataset, batch_size, seed, fixed, i).
 
-    The sequences are shuffled once and cut into batches whose composition never changes, so that what was computed for
-    a batch serves whenever it returns; the few sequences that fill no batch are left out. The order of the batches is
-    drawn anew for each epoch.
+    An epoch is every sequence once: they are shuffled and cut into batches, whose order is shuffled too; those that
+    fill no batch come last. By default each epoch is cut in its own way, and a batch that one epoch leaves open is
+    filled by the next. With `fixed` the batches are made of the same sequences in every epoch and only their order
+    changes, so that what was computed for a batch serves whenever it returns; repeats without weight fill the last
+    one. The first epoch is the same in both.
 
     Args:
         batch_size: sequences per batch.
         shuffle: False: sequences and batches come in the order of the text.
+        fixed: whether batches are made of the same sequences in every epoch.
 
     Raises:
         UsageError: the dataset does not fill one batch.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, shuffle: bool = True):
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, shuffle: bool = True, *, fixed: bool = False):
         n, seq_len = dataset.tokens_NT.shape
         if batch_size < 1:
             raise UsageError(f"data.batch_size is {batch_size}; write at least 1")
@@ -120,31 +142,31 @@ class Loader:
                 f"data.batch_size {batch_size} is more than the {n} sequences that the text gives at data.seq_len "
                 f"{seq_len}; write data.batch_size {n} at most, a smaller data.seq_len, or give more text"
             )
-        self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
-        self.n_batches = n // batch_size
-        order = shuffled(n, seed, 0) if shuffle else np.arange(n)
-        self._rows = order[: self.n_batches * batch_size].reshape(-1, batch_size)
-        self._epoch_order = lru_cache(maxsize=2)(self._draw_epoch_order)
+        self.dataset, self.batch_size, self.seed, self.shuffle, self.fixed = dataset, batch_size, seed, shuffle, fixed
+        self.n_batches = -(-n // batch_size)  # of an epoch; the last may be a part of one
+        self._cut = lru_cache(maxsize=2)(self._draw_cut)
+        self._order = lru_cache(maxsize=2)(self._draw_order)
 
-    def _draw_epoch_order(self, epoch: int) -> np.ndarray:
-        return shuffled(self.n_batches, self.seed, 1, epoch) if self.shuffle else np.arange(self.n_batches)
+    def batch(self, i: int) -> Examples:
+        """Step i of the stream, in numpy arrays of its own."""
+        if self.fixed:
+            return self.examples(self.batch_id(i))
+        steps = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
+        return self._examples(np.array([self._row(*divmod(step, len(self.dataset))) for step in steps.tolist()]))
 
     def batch_id(self, i: int) -> int:
-        """Which of the batches 0..n_batches-1 comes at step i of the stream."""
+        """Which of the batches 0..n_batches-1 comes at step i, where they are `fixed`."""
         epoch, place = divmod(i, self.n_batches)
-        return int(self._epoch_order(epoch)[place])
+        order = self._order(epoch)
+        return int(order[place]) if place < len(order) else place
 
     def examples(self, batch_id: int) -> Examples:
-        """The content of a batch, in numpy arrays of its own."""
-        rows_B, data = self._rows[batch_id], self.dataset
-        return Examples(
-            data.tokens_NT[rows_B], data.segment_ids_NT[rows_B], data.positions_NT[rows_B], rows_B.astype(np.int32)
-        )
-
-    def batch(self, i: int) -> tuple[int, Examples]:
-        """Step i of the stream: the id of its batch, and the batch."""
-        batch_id = self.batch_id(i)
-        return batch_id, self.examples(batch_id)
+        """The content of a batch, where they are `fixed`, in numpy arrays of its own."""
+        assert self.fixed, "batches that are cut in another way in each epoch have no number"
+        cut, places_B = self._cut(0), np.arange(batch_id * self.batch_size, (batch_id + 1) * self.batch_size)
+        found = self._examples(cut[places_B % len(cut)])
+        is_repeat_B = places_B >= len(cut)
+        return found._replace(segment_ids_BT=np.where(is_repeat_B[:, None], np.int32(0), found.segment_ids_BT))
 
     def iterate(self, start: int = 0) -> Any:
         """An iterator over batch(start), batch(start + 1), ..., read ahead by a thread.
@@ -158,3 +180,26 @@ class Loader:
         iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
         grain.experimental.set_next_index(iterator, start)
         return iterator
+
+    def _draw_cut(self, epoch: int) -> np.ndarray:
+        """The sequences in the order in which an epoch cuts them into batches."""
+        n = len(self.dataset)
+        return shuffled(n, self.seed, 0, *([epoch] if epoch else [])) if self.shuffle else np.arange(n)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        """The order of the full batches of an epoch."""
+        n_full = len(self.dataset) // self.batch_size
+        return shuffled(n_full, self.seed, 1, epoch) if self.shuffle else np.arange(n_full)
+
+    def _row(self, epoch: int, step: int) -> int:
+        """The sequence that comes at a step of an epoch, counted in sequences."""
+        order, (batch, place) = self._order(epoch), divmod(step, self.batch_size)
+        if batch < len(order):
+            step = order[batch] * self.batch_size + place
+        return int(self._cut(epoch)[step])
+
+    def _examples(self, rows_B: np.ndarray) -> Examples:
+        data = self.dataset
+        return Examples(
+            data.tokens_NT[rows_B], data.segment_ids_NT[rows_B], data.positions_NT[rows_B], rows_B.astype(np.int32)
+        )

@@ -23,10 +23,11 @@ _RECORD, _MODEL = "tokenizer.json", "tokenizer.model"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the system asks of a tokenizer. Ids 0..n_special-1 are special tokens."""
+    """What the rest of the system asks of a tokenizer."""
 
     vocab_size: int
-    n_special: int
+    special_ids: tuple[int, ...]  # ascending: pad, bos, eos, mask and all others that stand for no text
+    unk_id: int | None  # stands for text that the tokenizer cannot spell; never sampled
     pad_id: int
     bos_id: int
     eos_id: int
@@ -50,21 +51,22 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """One token per byte of UTF-8: byte b is id 4 + b, after the special tokens pad, bos, eos and mask (0 to 3)."""
 
-    pad_id, bos_id, eos_id, mask_id = range(4)
-    n_special = 4
-    vocab_size = n_special + 256
+    special_ids = pad_id, bos_id, eos_id, mask_id = 0, 1, 2, 3
+    unk_id = None
+    first_byte = 4
+    vocab_size = first_byte + 256
 
     def __init__(self):
-        self.token_bytes = (np.arange(self.vocab_size) >= self.n_special).astype(np.int32)
+        self.token_bytes = (np.arange(self.vocab_size) >= self.first_byte).astype(np.int32)
         self.fingerprint = hashlib.sha256(b"bytes: pad bos eos mask, then 256 bytes").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self.n_special
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self.first_byte
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64)
-        ids = ids[(ids >= self.n_special) & (ids < self.vocab_size)]
-        return (ids - self.n_special).astype(np.uint8).tobytes().decode(errors="replace")
+        ids = ids[(ids >= self.first_byte) & (ids < self.vocab_size)]
+        return (ids - self.first_byte).astype(np.uint8).tobytes().decode(errors="replace")
 
     def save(self, directory: Path) -> None:
         _save(directory, {"kind": "bytes", "fingerprint": self.fingerprint}, None)
@@ -104,8 +106,9 @@ class SentencePieceTokenizer:
         self._dropped = np.ones(self.vocab_size, bool)
         self._dropped[:size] = [self._pieces.is_control(i) for i in range(size)]
         self._dropped[ids] = True
+        self.special_ids = tuple(np.flatnonzero(self._dropped).tolist())
         unknown = self._pieces.unk_id()
-        self.n_special = next((i for i in range(size) if not self._dropped[i] and i != unknown), size)
+        self.unk_id = unknown if unknown >= 0 else None
         self.token_bytes = np.array([self._n_bytes(i) for i in range(self.vocab_size)], np.int32)
         # A real U+2581 in the text would come back as a space: it goes in as its three bytes.
         sign = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]

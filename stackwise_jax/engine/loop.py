@@ -38,21 +38,21 @@ class Feed:
         offset: int,
         start: int,
     ):
-        """cache None: the prefix (if any) is recomputed. offset: where in the stream the phase's step 0 stands."""
+        """loader: a fixed stream where there is a cache. cache None: the prefix (if any) is recomputed. offset: where
+        in the stream the phase's step 0 stands."""
         self._phase, self._prefix, self._placement = phase, prefix, placement
         self.rates = learning_rates(phase.optimizer, phase.steps)
         self._start, self._offset = start, offset
         self._stream = loader.iterate(offset + start)
         self._hidden: Any = None  # iterator over the cached chunks
         if cache is not None:
-            self._hidden = cache.read([loader.batch_id(offset + i) for i in range(start, phase.steps)])
+            self._hidden = cache.read(map(loader.batch_id, range(offset + start, offset + phase.steps)))
         self._fixed = phase.corruption == "fixed"
 
     def __iter__(self) -> Iterator[StepData]:
         put, whole = self._placement.put, self._placement.replicated
         for step in range(self._start, self._phase.steps):
-            _, host_examples = next(self._stream)
-            examples: Examples = put_examples(self._placement, host_examples)
+            examples: Examples = put_examples(self._placement, next(self._stream))
             # Fresh corruption differs each time an example is met: the stream position is its number.
             visit = FIXED_VISIT if self._fixed else 1 + self._offset + step
             lr, visit = put((self.rates[step], np.int32(visit)), whole)

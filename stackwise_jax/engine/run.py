@@ -103,6 +103,11 @@ class Run:
             self.reporter.note(f"{self.setup.run_dir} is finished; there is nothing left to do")
             self.recorder.close()
             return self._summary()
+        n, loader = len(self.setup.train), self.loader
+        self.reporter.note(
+            f"{n} training sequences of {self.config.data.seq_len} tokens; an epoch uses all of them, in "
+            f"{loader.n_batches} batches of {loader.batch_size}"
+        )
         try:
             for index in range(progress.phase, len(self.phases)):
                 self._phase(index, progress if index == progress.phase else None)
@@ -218,18 +223,19 @@ class Run:
         reference = reference_embedding(weights, self.recorder, phase, begins=not start)
         constants = constants_of(self.placement, phase.seed, index, self.setup.tokenizer.token_bytes)
         prefix = Prefix(weights, phase, task, self.placement, constants["corruption_key"])
-        reason, advanced = choice.reason, None
+        loader, reason, advanced = self.loader, choice.reason, None
         if choice.use:
             data = f"{self.setup.train.fingerprint}/{self.config.run.seed}/{self.loader.batch_size}"
             tell = self._tell_filling(phase)
-            advanced = self.cache.prepare(prefix, weights, phase, self.loader, choice.kind, data, tell)
+            loader = self.setup.loader(fixed=True)
+            advanced = self.cache.prepare(prefix, weights, phase, loader, choice.kind, data, tell)
             reason += "; filled" if advanced is None else f"; advanced through {advanced} more stack(s)"
         else:
             self.cache.close()
         executor = make_executor(self.config.memory, phase, task, weights, self.programs, constants, reference)
         # A cached phase meets the same batches as the phases before it, any other goes on in the stream.
         offset = 0 if choice.use else sum(p.steps for p in self.phases[:index])
-        feed = Feed(phase, self.loader, prefix, self.cache if choice.use else None, self.placement, offset, start)
+        feed = Feed(phase, loader, prefix, self.cache if choice.use else None, self.placement, offset, start)
         trainable, not_trained = trainable_and_frozen(rack, phase)
         work = PhaseWork(
             index=index,

@@ -47,15 +47,22 @@ class Setup:
         ends = self.rack.clone(stacks=self.rack.stacks[:1], parent=None)
         return TaskSpec(ends, phase.objective, phase.noise, phase.attention_mode, self.vocab, self.placement)
 
-    def loader(self) -> Loader:
-        """The infinite stream of training batches."""
+    def loader(self, *, fixed: bool = False) -> Loader:
+        """The infinite stream of training batches; fixed: of batches that can be cached, see Loader."""
         data = self.config.data
-        return Loader(self.train, data.batch_size, self.config.run.seed, shuffle=data.shuffle)
+        return Loader(self.train, data.batch_size, self.config.run.seed, shuffle=data.shuffle, fixed=fixed)
 
 
 def vocab_of(tokenizer: Tokenizer) -> Vocab:
     """The tokenizer as objectives see it."""
-    return Vocab(tokenizer.vocab_size, tokenizer.mask_id, tokenizer.pad_id, tokenizer.n_special)
+    return Vocab(
+        size=tokenizer.vocab_size,
+        special_ids=tokenizer.special_ids,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        unk_id=tokenizer.unk_id,
+    )
 
 
 def start_devices(config: StackWiseConfig) -> Placement:

@@ -28,7 +28,8 @@ class NoTokenizer:
     """The size of a tokenizer that is not made yet."""
 
     vocab_size: int
-    n_special: int = 4
+    special_ids: tuple[int, ...] = (0, 1, 2, 3)
+    unk_id: int | None = None
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2

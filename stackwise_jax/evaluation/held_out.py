@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import statistics
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from stackwise_jax.engine import LoadedRun, TaskSpec, held_out, held_out_batches
 from stackwise_jax.engine.directory import check_unchanged
 from stackwise_jax.errors import UsageError
 
+log = logging.getLogger(__name__)
+
 
 def held_out_text(loaded: LoadedRun, path: str | Path | None = None) -> Dataset:
     """The run's own held-out text, or the text of a file cut as the run cuts its text.
@@ -32,6 +35,8 @@ def held_out_text(loaded: LoadedRun, path: str | Path | None = None) -> Dataset:
         found = {"held_out": dataset.fingerprint, "tokenizer": loaded.tokenizer.fingerprint}
         check_unchanged(loaded.run_dir, loaded.progress, found)
         return dataset
+    if data.path is not None and Path(path).resolve() == Path(data.path).resolve():
+        log.warning("%s is the text that this run was trained on; its loss measures memory", path)
     source = "jsonl" if str(path).endswith(".jsonl") else "text"
     return load_text_dataset(path, dataclasses.replace(data, source=source), loaded.tokenizer)
 

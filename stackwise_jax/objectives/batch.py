@@ -5,6 +5,7 @@ Legend: B batch (sequences), T sequence length (tokens).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,10 +38,10 @@ class Batch(NamedTuple):
     inputs_BT, targets_BT: int32 token ids.
     weights_BT: float32, the weight of each position's negative log-likelihood; 0: the position is not predicted.
     counts_BT: float32, the tokens that the mean is taken over. Equal to the weights (0 or 1) for clm, mlm and diffusion
-        at a share or over a range; 1 on every real token for the diffusion bound (elbo).
+        at a share or over a range; 1 on every token that can be hidden for the diffusion bound (elbo).
     positions_BT, segment_ids_BT: int32, as in Examples.
-    hidden_B: float32, the share of each sequence's real tokens that is hidden (mlm: chosen), 0 for clm: the input of a
-        time embedding.
+    hidden_B: float32, the share of the tokens that can be hidden which is hidden in each sequence (mlm: chosen), 0 for
+        clm: the input of a time embedding.
     """
 
     inputs_BT: jax.Array
@@ -54,37 +55,48 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocab:
-    """What corruption needs to know of a tokenizer.
+    """What objectives and samplers need to know of a tokenizer. Hashable.
 
-    size: the tokenizer's own (unpadded) number of ids; ids 0..n_special-1 are special tokens, of which mask_id and
-    pad_id are usually two. Random replacement draws from n_special..size-1, and never mask_id or pad_id.
+    size: the tokenizer's own (unpadded) number of ids.
+    special_ids: those that stand for no text, wherever they lie; mask_id, pad_id and eos_id count as such anyway.
+    unk_id: stands for text that the tokenizer cannot spell: predicted like text, and never sampled.
 
     Raises:
-        UsageError: no ordinary token is left to draw from, or mask_id or pad_id is not an id of the vocabulary.
+        UsageError: no ordinary token is left to draw from, or an id lies outside the vocabulary.
     """
 
     size: int
+    special_ids: tuple[int, ...]
     mask_id: int
     pad_id: int
-    n_special: int
+    eos_id: int
+    unk_id: int | None = None
 
     def __post_init__(self):
-        if not (0 <= self.mask_id < self.size and 0 <= self.pad_id < self.size):
-            raise UsageError(
-                f"mask id {self.mask_id} or pad id {self.pad_id} lies outside the {self.size} ids of the tokenizer; "
-                "use a tokenizer that has both"
-            )
-        if not self.ordinary:
+        named = [("mask", self.mask_id), ("pad", self.pad_id), ("eos", self.eos_id)]
+        for name, id_ in [*named, *(("special", id_) for id_ in self.special_ids)]:
+            if not 0 <= id_ < self.size:
+                raise UsageError(
+                    f"the {name} id {id_} lies outside the {self.size} ids of the tokenizer; use one that has it"
+                )
+        if not len(self.ordinary_ids):
             raise UsageError(
                 f"the tokenizer's {self.size} ids are all special; use one that has ordinary tokens (tokenizer.kind)"
             )
 
-    @property
-    def reserved(self) -> tuple[int, ...]:
-        """The mask and pad ids that lie among the ordinary ids (a tokenizer that got its mask token as an extra id)."""
-        return tuple(sorted({i for i in (self.mask_id, self.pad_id) if i >= self.n_special}))
+    @functools.cached_property
+    def ordinary_ids(self) -> np.ndarray:
+        """The ids that stand for text that can be spelled: int32, ascending."""
+        ids_V = np.ones(self.size, bool)
+        ids_V[[*self.special_ids, self.mask_id, self.pad_id, self.eos_id]] = False
+        if self.unk_id is not None:
+            ids_V[self.unk_id] = False
+        return np.flatnonzero(ids_V).astype(np.int32)
 
-    @property
-    def ordinary(self) -> int:
-        """Number of ids that stand for text."""
-        return max(0, self.size - self.n_special - len(self.reserved))
+    @functools.cached_property
+    def is_target(self) -> np.ndarray:
+        """Which ids are hidden, predicted and counted: text and the end of a document. bool (size,)."""
+        is_target_V = np.ones(self.size, bool)
+        is_target_V[[*self.special_ids, self.mask_id, self.pad_id]] = False
+        is_target_V[self.eos_id] = True
+        return is_target_V

@@ -46,26 +46,28 @@ def max_targets(objective: Objective, noise: Noise, seq_len: int) -> int:
 def make_batch(objective: Objective, noise: Noise, examples: Examples, keys_B: jax.Array, vocab: Vocab) -> Batch:
     """Corrupt `examples`; pure, and jittable with objective, noise and vocab static.
 
-    clm: the input is the text, the target the next token of the same document. mlm and diffusion: `noise` says how many
-    of a row's real tokens are chosen (at least one), which are drawn without replacement, the documents of a packed row
-    taken as one sequence; mlm hides 80 % of them, replaces 10 % by a random ordinary token and keeps 10 %; diffusion
-    hides all. A row of nothing but padding has no targets, and under noise elbo neither has a row so short that no
-    number of its tokens lies within the interval.
+    What is predicted is text and the token eos at the end of each document; other special tokens (bos, padding) are
+    never hidden, never targets and never counted. clm: the input is the text, the target the next token of the same
+    document. mlm and diffusion: `noise` says how many of a row's tokens are chosen (at least one), which are drawn
+    without replacement, the documents of a packed row taken as one sequence; mlm hides 80 % of them, replaces 10 % by a
+    random ordinary token and keeps 10 %; diffusion hides all. A row of nothing but padding has no targets, and under
+    noise elbo neither has a row so short that no number of its tokens lies within the interval.
 
     keys_B: from `example_keys`; not used by clm.
     """
     tokens_BT, segment_ids_BT = jnp.asarray(examples.tokens_BT), jnp.asarray(examples.segment_ids_BT)
+    real_BT = (segment_ids_BT != 0) & jnp.asarray(vocab.is_target)[tokens_BT]
     if objective.kind == "clm":
         inputs_BT = tokens_BT
-        targets_BT, weights_BT = _next_tokens(tokens_BT, segment_ids_BT, vocab)
+        targets_BT, weights_BT = _next_tokens(tokens_BT, segment_ids_BT, real_BT, vocab)
         counts_BT = weights_BT
         hidden_B = jnp.zeros(tokens_BT.shape[0], jnp.float32)
     else:
         inputs_BT, weights_BT, hidden_B = jax.vmap(partial(_corrupt, objective, noise, vocab))(
-            keys_B, tokens_BT, segment_ids_BT
+            keys_B, tokens_BT, real_BT
         )
         targets_BT = tokens_BT
-        counts_BT = (segment_ids_BT != 0).astype(jnp.float32) if noise.kind == "elbo" else weights_BT
+        counts_BT = real_BT.astype(jnp.float32) if noise.kind == "elbo" else weights_BT
     positions_BT = jnp.asarray(examples.positions_BT)
     return Batch(inputs_BT, targets_BT, weights_BT, counts_BT, positions_BT, segment_ids_BT, hidden_B)
 
@@ -128,19 +130,23 @@ def _mass(noise: Noise, first: jax.Array, last: jax.Array, n_real: jax.Array) ->
     return SCHEDULES[noise.schedule].mass(*numbers)
 
 
-def _next_tokens(tokens_BT: jax.Array, segment_ids_BT: jax.Array, vocab: Vocab) -> tuple[jax.Array, jax.Array]:
-    """Targets and weights of clm: no document predicts the start of the next one, and padding neither."""
-    targets_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)), constant_values=vocab.pad_id)
-    next_ids_BT = jnp.pad(segment_ids_BT[:, 1:], ((0, 0), (0, 1)))
-    return targets_BT, ((segment_ids_BT != 0) & (next_ids_BT == segment_ids_BT)).astype(jnp.float32)
+def _next_tokens(
+    tokens_BT: jax.Array, segment_ids_BT: jax.Array, real_BT: jax.Array, vocab: Vocab
+) -> tuple[jax.Array, jax.Array]:
+    """Targets and weights of clm: no document predicts the start of the next one, and nothing predicts padding."""
+    left = lambda x_BT, last: jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)), constant_values=last)
+    same_BT = left(segment_ids_BT, 0) == segment_ids_BT
+    return left(tokens_BT, vocab.pad_id), (same_BT & left(real_BT, False)).astype(jnp.float32)
 
 
 def _corrupt(
-    objective: Objective, noise: Noise, vocab: Vocab, key: jax.Array, tokens_T: jax.Array, segment_ids_T: jax.Array
+    objective: Objective, noise: Noise, vocab: Vocab, key: jax.Array, tokens_T: jax.Array, real_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Corrupted tokens, weights and chosen share of one row, for the objectives that hide tokens."""
+    """Corrupted tokens, weights and chosen share of one row, for the objectives that hide tokens.
+
+    real_T: which tokens can be hidden.
+    """
     level_key, choice_key, replace_key = jax.random.split(key, 3)
-    real_T = segment_ids_T != 0
     n_real = real_T.sum(dtype=jnp.int32)
     n = hidden_count(noise, jax.random.uniform(level_key), n_real)
     # The n real tokens with the lowest of T independent draws: a uniform choice without replacement.
@@ -159,8 +165,7 @@ def _bert_replacement(key: jax.Array, tokens_T: jax.Array, vocab: Vocab) -> jax.
     """What a chosen token is replaced by: the mask token, a random ordinary token, or itself."""
     kind_key, token_key = jax.random.split(key)
     kind_T = jax.random.uniform(kind_key, tokens_T.shape)
-    random_T = vocab.n_special + jax.random.randint(token_key, tokens_T.shape, 0, vocab.ordinary, dtype=tokens_T.dtype)
-    for reserved_id in vocab.reserved:
-        random_T = jnp.where(random_T >= reserved_id, random_T + 1, random_T)
+    ordinary = vocab.ordinary_ids
+    random_T = jnp.asarray(ordinary)[jax.random.randint(token_key, tokens_T.shape, 0, len(ordinary))]
     kept_or_random_T = jnp.where(kind_T < MASK_SHARE + RANDOM_SHARE, random_T, tokens_T)
     return jnp.where(kind_T < MASK_SHARE, vocab.mask_id, kept_or_random_T)

@@ -96,7 +96,7 @@ def generate_depth(
         attention_mode: as the model was trained; None: each block's own.
 
     Returns:
-        int32 (P + length,): the prompt and the new ids.
+        int32 (P + length,): the prompt and the new ids; what follows the first EOS is no part of the text.
 
     Raises:
         UsageError: an empty prompt, an argument out of its range, levels that do not fit the rack, or a rack that takes
@@ -107,7 +107,8 @@ def generate_depth(
     _check_fits(rack, levels)
     row = masked_row(prompt_ids, length, vocab)
     counts_K = depth_counts(length, levels)
-    how = {"rack": rack, "filters": filters, "order": order, "allowed_V": allowed_ids(vocab, rack.vocab_size)}
+    allowed_V = allowed_ids(vocab, rack.vocab_size, also=(vocab.eos_id,))
+    how = {"rack": rack, "filters": filters, "order": order, "allowed_V": allowed_V}
     return np.asarray(_descend(rack, params, row, counts_K, key, attention_mode, how))[: row.n_real]
 
 

@@ -42,19 +42,18 @@ class Filters:
 
 
 def allowed_ids(vocab: Vocab, n_columns: int, also: tuple[int, ...] = ()) -> np.ndarray:
-    """Which columns of the logits may be sampled: real text, none of the special tokens, no padding of the vocabulary.
+    """Which columns of the logits may be sampled: text, no special token, no padding of the vocabulary.
 
     Args:
         vocab: the tokenizer's ids.
         n_columns: width of the logits; at least vocab.size.
-        also: special tokens that may be sampled all the same (those that end a text).
+        also: special tokens that may be sampled all the same (EOS, which ends a text).
 
     Returns:
         bool (n_columns,).
     """
-    ids_V = np.arange(n_columns)
-    allowed_V = (ids_V >= vocab.n_special) & (ids_V < vocab.size)
-    allowed_V[[vocab.mask_id, vocab.pad_id]] = False
+    allowed_V = np.zeros(n_columns, bool)
+    allowed_V[vocab.ordinary_ids] = True
     allowed_V[list(also)] = True
     return allowed_V
 

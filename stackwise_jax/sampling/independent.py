@@ -25,7 +25,7 @@ from stackwise_jax.sampling.unmask import fill, spread_steps
 
 
 class Expert(NamedTuple):
-    """A rack with its own embedding and head, trained where between `low` and `high` of the real tokens are hidden."""
+    """A rack with its own embedding and head, trained where a share between `low` and `high` is hidden."""
 
     low: float
     high: float
@@ -38,16 +38,16 @@ def intervals_fall(intervals: Sequence[tuple[float, float]]) -> bool:
     return all(b != a and b[0] <= a[0] and b[1] <= a[1] for a, b in pairwise(intervals))
 
 
-def expert_spans(length: int, n_real: int, intervals: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
+def expert_spans(length: int, n_hideable: int, intervals: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
     """Which experts have something to do, and how many tokens each settles.
 
-    An expert works while the share of the row's real tokens that is masked lies in its interval (low, high]. Where two
+    An expert works while the share of n_hideable tokens that is masked lies in its interval (low, high]. Where two
     intervals overlap or leave a gap the border is half way; the first expert takes all above it, the last all below.
     So a long prompt, which leaves little hidden, begins with a later expert.
 
     Args:
         length: masked tokens.
-        n_real: tokens of prompt and block.
+        n_hideable: tokens of prompt and block that corruption could have hidden.
         intervals: (low, high) of each expert, falling.
 
     Returns:
@@ -57,7 +57,7 @@ def expert_spans(length: int, n_real: int, intervals: Sequence[tuple[float, floa
     spans, left = [], length
     for i, border in enumerate([*borders, 0.0]):
         # A share of 1/3 of 12 tokens is 4 tokens, though it may be a little less as a float.
-        after = min(left, math.floor(border * n_real + 1e-6))
+        after = min(left, math.floor(border * n_hideable + 1e-6))
         if after < left:
             spans.append((i, left - after))
         left = after
@@ -95,7 +95,7 @@ def generate_independent(
         attention_mode: as the racks were trained; None: each block's own.
 
     Returns:
-        int32 (P + length,): the prompt and the new ids.
+        int32 (P + length,): the prompt and the new ids; what follows the first EOS is no part of the text.
 
     Raises:
         UsageError: no experts, an interval that is none, an order other than falling noise, an empty prompt, or an
@@ -109,7 +109,7 @@ def generate_independent(
             f"experts have the intervals of noise {intervals}; give at least one, within 0 to 1 and the highest first"
         )
     row = masked_row(prompt_ids, length, vocab)
-    spans = expert_spans(length, row.n_real, intervals)
+    spans = expert_spans(length, row.n_hideable, intervals)
     steps = len(spans) if steps is None else steps
     passes = spread_steps(steps, [size for _, size in spans], "racks that each settle some of the tokens")
     state = (row.tokens_T, row.masked_T)
@@ -118,7 +118,8 @@ def generate_independent(
         counts_S = np.diff(np.arange(n + 1) * size // n).astype(np.int32)
         ends_S = np.full(n, row.n_real, np.int32)
         keys_S = jax.random.split(jax.random.fold_in(key, i), n)
-        arrays = (*state, row.segment_ids_1T, counts_S, ends_S, keys_S, allowed_ids(vocab, rack.vocab_size))
+        allowed_V = allowed_ids(vocab, rack.vocab_size, also=(vocab.eos_id,))
+        arrays = (*state, row.segment_ids_1T, row.n_hideable, counts_S, ends_S, keys_S, allowed_V)
         how = {"filters": filters, "order": order, "attention_mode": attention_mode}
         state = fill(_bare_rack(rack), params, *arrays, **how)
     return np.asarray(state[0])[: row.n_real]

@@ -42,7 +42,8 @@ class MaskedRow(NamedTuple):
     """A prompt and a block of masks behind it.
 
     tokens_T: int32. masked_T: bool, the block; a mask token in the prompt is not part of it. segment_ids_1T: int32, 0
-    hides the padding, as in Examples. n_prompt, n_real: tokens of the prompt, and of prompt and block.
+    hides the padding, as in Examples. n_prompt, n_real: tokens of the prompt, and of prompt and block. n_hideable:
+    those of them that corruption could have hidden, as in Batch.hidden_B: all but BOS and its like.
     """
 
     tokens_T: np.ndarray
@@ -50,6 +51,7 @@ class MaskedRow(NamedTuple):
     segment_ids_1T: np.ndarray
     n_prompt: int
     n_real: int
+    n_hideable: int
 
 
 def masked_row(prompt_ids: Sequence[int] | np.ndarray, length: int, vocab: Vocab) -> MaskedRow:
@@ -65,4 +67,5 @@ def masked_row(prompt_ids: Sequence[int] | np.ndarray, length: int, vocab: Vocab
     tokens_T[n_prompt:n_real] = vocab.mask_id
     real_T = np.arange(len(tokens_T)) < n_real
     masked_T = real_T & (np.arange(len(tokens_T)) >= n_prompt)
-    return MaskedRow(tokens_T, masked_T, real_T.astype(np.int32)[None], n_prompt, n_real)
+    n_hideable = int(vocab.is_target[tokens_T[:n_prompt]].sum()) + length
+    return MaskedRow(tokens_T, masked_T, real_T.astype(np.int32)[None], n_prompt, n_real, n_hideable)

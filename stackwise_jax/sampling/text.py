@@ -56,8 +56,8 @@ def sample(
     one rack after the other (`generate_independent`), with `levels` in one pass through the depth (`generate_depth`),
     else in several passes (`generate_unmask`).
 
-    BOS is put before the prompt, so an empty one is fine. A causal text may end early, at EOS or at the BOS of a next
-    document. Invalid UTF-8 in what a byte model says is replaced.
+    BOS is put before the prompt, so an empty one is fine. The text ends at EOS, where the model says that the document
+    ends. Invalid UTF-8 in what a byte model says is replaced.
 
     Args:
         rack, params: the model, as for `rack.apply`; of experts the last, which is not used alone.
@@ -67,7 +67,7 @@ def sample(
         attention_mode: as it was trained (mlm and diffusion); None: each block's own.
         levels: of a rack trained right to left, the share hidden at each stack.
         experts: racks trained apart on intervals of noise, highest first.
-        max_tokens: new tokens (clm: at most).
+        max_tokens: new tokens at most.
         seed: the same seed gives the same text; taken modulo 2**32.
         temperature, top_k, top_p: see `Filters`.
         steps: forward passes, for `generate_unmask` and `generate_independent`.
@@ -83,12 +83,14 @@ def sample(
     if objective_kind == "clm":
         given = {"steps": steps, "block_size": block_size, "order": order}
         _refuse(given, "the model was trained left to right (clm) and has no masks to fill")
-        stop_ids = (tokenizer.eos_id, tokenizer.bos_id)
+        stop_ids = (tokenizer.eos_id,)
         ids = generate_causal(rack, params, prompt_ids, max_tokens=max_tokens, stop_ids=stop_ids, **how)
     else:
         how |= {"length": max_tokens, "order": order or "confidence", "attention_mode": attention_mode}
         how |= {"levels": levels, "experts": experts, "steps": steps, "block_size": block_size}
         ids = _fill_masks(rack, params, prompt_ids, **how)
+        ends = np.flatnonzero(ids[len(prompt_ids) :] == tokenizer.eos_id)
+        ids = ids[: len(prompt_ids) + ends[0] + 1] if len(ends) else ids
     return Sample(tokenizer.decode(ids), n_prompt=len(prompt_ids), n_new=len(ids) - len(prompt_ids))
 
 

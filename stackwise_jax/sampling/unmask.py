@@ -121,8 +121,9 @@ def generate_unmask(
 
     Each pass draws a token for every masked position and keeps as many as `block_counts` says: those that the model is
     surest of, or any (random, which follows the order-agnostic model that the diffusion bound describes). What is
-    unmasked stays. The prompt is never changed, special tokens never come out. With `block_size` the text is made
-    block-wise from left to right (semi-autoregressive: Nie et al. 2025, LLaDA); the masks of later blocks stay in view.
+    unmasked stays. The prompt is never changed, and of the special tokens only EOS comes out. With `block_size` the
+    text is made block-wise from left to right (semi-autoregressive: Nie et al. 2025, LLaDA); the masks of later blocks
+    stay in view.
 
     A rack with a time embedding is told the share of prompt and block that is still masked, as in training.
 
@@ -140,7 +141,7 @@ def generate_unmask(
         attention_mode: as the model was trained; None: each block's own.
 
     Returns:
-        int32 (P + length,): the prompt and the new ids.
+        int32 (P + length,): the prompt and the new ids; what follows the first EOS is no part of the text.
 
     Raises:
         UsageError: an empty prompt or an argument out of its range.
@@ -152,14 +153,15 @@ def generate_unmask(
     tokens_T = row.tokens_T
     if length:
         passes = (counts_S, row.n_prompt + ends_S, jax.random.split(key, len(counts_S)))
-        arrays = (tokens_T, row.masked_T, row.segment_ids_1T, *passes, allowed_ids(vocab, rack.vocab_size))
+        allowed_V = allowed_ids(vocab, rack.vocab_size, also=(vocab.eos_id,))
+        arrays = (tokens_T, row.masked_T, row.segment_ids_1T, row.n_hideable, *passes, allowed_V)
         tokens_T, _ = fill(rack, params, *arrays, filters=filters, order=order, attention_mode=attention_mode)
     return np.asarray(tokens_T)[: row.n_real]
 
 
 @partial(jax.jit, static_argnames=("rack", "filters", "order", "attention_mode"))
 def fill(
-    rack, params, tokens_T, masked_T, segment_ids_1T, counts_S, ends_S, keys_S, allowed_V,
+    rack, params, tokens_T, masked_T, segment_ids_1T, n_hideable, counts_S, ends_S, keys_S, allowed_V,
     *, filters, order, attention_mode,
 ):  # fmt: skip
     """The tokens and what is still masked after as many passes as there are counts.
@@ -171,7 +173,7 @@ def fill(
     def step(state, of_pass):
         tokens_T, masked_T = state
         count, end, key = of_pass
-        logits_TV = masked_logits(rack, params, tokens_T, masked_T, segment_ids_1T, attention_mode)
+        logits_TV = masked_logits(rack, params, tokens_T, masked_T, segment_ids_1T, n_hideable, attention_mode)
         open_T = masked_T & (places_T < end)
         tokens_T, settled_T = settle(logits_TV, tokens_T, open_T, count, key, allowed_V, filters, order)
         return (tokens_T, masked_T & ~settled_T), None
@@ -185,11 +187,12 @@ def masked_logits(
     tokens_T: jax.Array,
     masked_T: jax.Array,
     segment_ids_1T: jax.Array,
+    n_hideable: int | jax.Array,
     attention_mode: AttentionMode | None,
 ) -> jax.Array:
-    """Logits (T, V) float32 of a row; a rack with a time embedding gets the share of its real tokens that is masked."""
+    """Logits (T, V) float32 of a row; a rack with a time embedding gets the share of n_hideable that is masked."""
     hidden_1 = None
     if rack.time_embedding != "none":
-        hidden_1 = masked_T.sum(dtype=jnp.float32)[None] / (segment_ids_1T != 0).sum(-1, dtype=jnp.float32)
+        hidden_1 = masked_T.sum(dtype=jnp.float32)[None] / n_hideable
     how = {"segment_ids_BT": segment_ids_1T, "attention_mode": attention_mode, "hidden_B": hidden_1}
     return rack.apply({"params": params}, tokens_T[None], **how)[0]
