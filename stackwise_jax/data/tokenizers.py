@@ -51,8 +51,9 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """One token per byte of UTF-8: byte b is id 4 + b, after the special tokens pad, bos, eos and mask (0 to 3)."""
 
-    special_ids = pad_id, bos_id, eos_id, mask_id = 0, 1, 2, 3
-    unk_id = None
+    special_ids: tuple[int, ...] = (0, 1, 2, 3)
+    pad_id, bos_id, eos_id, mask_id = special_ids
+    unk_id: int | None = None
     first_byte = 4
     vocab_size = first_byte + 256
 
