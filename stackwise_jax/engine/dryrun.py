@@ -30,7 +30,7 @@ def advanced_stacks(before: Phase | None, phase: Phase, loader: Loader) -> int |
     n = len(before.prefix)
 
     def content(p: Phase) -> tuple:
-        batches = {loader.batch_id(i) for i in range(p.steps)}
+        batches = {loader.batch_id(i) for i in range(min(p.steps, loader.n_batches))}
         formats = [p.frozen, *map(p.format_of, p.prefix[:n])]
         return p.objective, p.noise, p.attention_mode, p.seed, batches, p.prefix[:n], formats
 

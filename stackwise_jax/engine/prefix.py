@@ -9,7 +9,7 @@ Legend: B batch, T sequence, D d_model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class PrefixCache:
         anew. `tell` hears (done, total) after each batch. Returns through how many stacks the cache was pushed, None
         when it was filled.
         """
-        ids = list(dict.fromkeys(loader.batch_id(i) for i in range(phase.steps)))
+        ids = list(dict.fromkeys(loader.batch_id(i) for i in range(min(phase.steps, loader.n_batches))))
         parts = {
             "objective": repr(phase.objective),
             "noise": repr(phase.noise),
@@ -166,7 +166,7 @@ class PrefixCache:
     def _examples(self, loader: Loader, batch_id: int) -> Examples:
         return put_examples(self._placement, loader.examples(batch_id))
 
-    def read(self, order: Sequence[int]) -> Iterator[jax.Array]:
+    def read(self, order: Iterable[int]) -> Iterator[jax.Array]:
         """The chunks of these batch ids, on the device, read ahead."""
         assert self._cache is not None
         return self._cache.read(self._key, order)
