@@ -253,12 +253,12 @@ def learning_rate(cfg: OptimizerConfig, steps: int, step: int) -> np.float32:
     if cfg.schedule == "constant":
         rate = np.float32(cfg.lr)
     elif cfg.schedule == "cosine":
-        angle = np.float32(np.pi) * _share(min(after, rest), rest)
+        angle = _share(np.float32(np.pi) * np.float32(min(after, rest)), rest)
         half = np.float32(0.5) * (np.float32(1) + _cosine(angle))
         rate = np.float32(cfg.lr) * (np.float32(1 - cfg.final_lr) * half + np.float32(cfg.final_lr))
     else:
         down = rest if cfg.schedule == "linear" else max(round(cfg.decay * steps), 1)
-        left = np.float32(1) - _share(min(max(after - max(rest - down, 0), 0), down), down)
+        left = np.float32(1) - _share(np.float32(min(max(after - max(rest - down, 0), 0), down)), down)
         end = cfg.lr * cfg.final_lr
         rate = np.float32(cfg.lr - end) * left + np.float32(end)
     # The warm-up is shifted by one so that the first step already moves.
@@ -266,9 +266,9 @@ def learning_rate(cfg: OptimizerConfig, steps: int, step: int) -> np.float32:
     return np.float32(ramp * float(rate))
 
 
-def _share(part: int, whole: int) -> np.float32:
-    """part / whole in float32, rounded as XLA rounds it: it multiplies by the reciprocal."""
-    return np.float32(part) * (np.float32(1) / np.float32(whole))
+def _share(part: np.float32, whole: int) -> np.float32:
+    """part / whole, rounded as XLA rounds it: it multiplies by the reciprocal."""
+    return part * (np.float32(1) / np.float32(whole))
 
 
 def _cosine(angle: np.float32) -> np.float32:
