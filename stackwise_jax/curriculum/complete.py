@@ -8,10 +8,12 @@ optimizer state goes on.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from stackwise_jax.config.bounds import PHASE_STEPS
 from stackwise_jax.config.schema import AdaptersConfig, StackWiseConfig, StageConfig, WhenLearns
 from stackwise_jax.curriculum.adapter_ranks import adapters_of
 from stackwise_jax.curriculum.levels import depth_noise, noise_cut
@@ -118,10 +120,20 @@ def _own_settings(i: int, plan: Plan, kind: Kind, config: StackWiseConfig) -> di
     if noise is not None:
         changes["noise"] = noise
     if curriculum.steps_growth != 1 and stage.steps is None:
-        changes["steps"] = max(1, round(bare.steps * curriculum.steps_growth**i))
+        changes["steps"] = _grown(bare.steps, curriculum.steps_growth, i)
     changes["train_embed"] = _now(curriculum.train_embed, i, last, bare.train_embed)
     changes["train_head"] = _now(curriculum.train_head, i, last, bare.train_head)
     return changes
+
+
+def _grown(steps: int, growth: float, i: int) -> int:
+    """The steps of phase i where each has `growth` times those of the one before."""
+    if math.log(steps) + i * math.log(growth) > math.log(PHASE_STEPS):
+        raise UsageError(
+            f"curriculum.steps_growth is {growth:g} and gives phase {i} more than {PHASE_STEPS} steps; write a number "
+            "nearer to 1"
+        )
+    return max(1, round(steps * growth**i))
 
 
 def _noise(i: int, plan: Plan, kind: Kind, config: StackWiseConfig, stage: StageConfig) -> Noise | None:

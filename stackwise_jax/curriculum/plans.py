@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+from stackwise_jax.config.bounds import PHASES
 from stackwise_jax.config.schema import PhaseConfig, StackWiseConfig
 from stackwise_jax.curriculum.adapter_ranks import adapters_of
 from stackwise_jax.curriculum.phase import Phase
@@ -138,7 +139,11 @@ def cycle(shape: RackShape, config: StackWiseConfig) -> Plan:
     Optimizer state waits for the next turn, and the head's goes on from turn to turn.
     """
     stacks, rounds = tuple(range(len(shape.block_counts))), config.curriculum.rounds
-    first = _learnable(shape)[0]
+    first, turns = _learnable(shape)[0], _stages(shape.learnable, config)
+    if rounds * len(turns) > PHASES:
+        raise UsageError(
+            f"curriculum.rounds is {rounds}, with {len(turns)} phases each; write at most {PHASES // len(turns)}"
+        )
     phases = tuple(
         _phase(
             config,
@@ -150,7 +155,7 @@ def cycle(shape: RackShape, config: StackWiseConfig) -> Plan:
             keep_optimizer=True,
         )
         for turn in range(rounds)
-        for new, _ in _stages(shape.learnable, config)
+        for new, _ in turns
     )
     return Plan(shape.block_counts, phases, frozenset(stacks))
 
@@ -235,6 +240,7 @@ class Kind:
     noise: Literal["whole", "stage", "cut"] = "whole"
 
 
+EVERY_PLAN = frozenset({"plan", "steps", "frozen", "frozen_stacks"})  # keys of PlanConfig that count for each of them
 _ONE = frozenset({"stages", "train_embed", "train_head", "optimizer_state"})
 _MANY = _ONE | {"steps_growth", "decay"}
 _STAGED = _MANY | {"stacks_per_stage", "overlap", "trunk", "adapters"}
