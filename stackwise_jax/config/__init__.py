@@ -1,7 +1,14 @@
 """The configuration of a run: its keys and defaults, reading from YAML and the command line, checks."""
 
 from stackwise_jax.config.checks import parse_bytes, validate
-from stackwise_jax.config.command_line import CommandParser, ConfigArgumentParser, number, path, whole_number
+from stackwise_jax.config.command_line import (
+    CommandParser,
+    ConfigArgumentParser,
+    number,
+    path,
+    whole_number,
+    whole_numbers,
+)
 from stackwise_jax.config.loading import (
     Written,
     config_from_dict,
@@ -31,4 +38,5 @@ __all__ = [
     "run_directory",
     "validate",
     "whole_number",
+    "whole_numbers",
 ]

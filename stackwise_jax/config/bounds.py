@@ -12,6 +12,7 @@ from stackwise_jax.config.schema import StackWiseConfig
 from stackwise_jax.config.values import shown
 from stackwise_jax.errors import UsageError
 
+SEED = 2**32 - 1  # what numpy takes
 COUNTER = 2**31 - 1  # steps are counted in int32
 PHASE_STEPS = 10**9  # a billion steps at a millisecond each take 12 days
 BLOCKS = 10_000  # of a rack; the deepest transformers that were trained have about 1,000
@@ -25,7 +26,7 @@ TEXT = 100_000  # characters of a text
 BYTES = 2**60  # of a size such as 4GiB: an exabyte
 
 LARGEST = {
-    "run.seed": 2**32 - 1,
+    "run.seed": SEED,
     "run.sample_tokens": SAMPLE,
     "data.seq_len": TOKENS,
     "data.batch_size": 2**20,

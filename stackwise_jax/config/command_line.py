@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from stackwise_jax.config.bounds import ENTRIES
 from stackwise_jax.config.keys import describe, hint_of, list_keys, section_hints
 from stackwise_jax.config.paths import expanded
 from stackwise_jax.config.schema import StackWiseConfig
@@ -26,6 +27,18 @@ def whole_number(smallest: int, largest: int) -> Callable[[str], int]:
         if re.fullmatch(r"[-+]?[0-9]{1,20}", text) and smallest <= int(text) <= largest:
             return int(text)
         raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number from {smallest} to {largest}")
+
+    return read
+
+
+def whole_numbers(smallest: int, largest: int) -> Callable[[str], tuple[int, ...]]:
+    """The type of an option that takes whole numbers in this range with commas between them."""
+    one = whole_number(smallest, largest)
+
+    def read(text: str) -> tuple[int, ...]:
+        if text.count(",") >= ENTRIES:
+            raise argparse.ArgumentTypeError(f"these are more than {ENTRIES} numbers")
+        return tuple(one(part.strip()) for part in text.split(","))
 
     return read
 

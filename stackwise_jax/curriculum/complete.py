@@ -59,6 +59,7 @@ def complete_plan(config: StackWiseConfig, shape: RackShape, past: Past) -> Plan
         )
     if not past.passed:
         past.existing |= plan.start
+    names: set[str] = set()
     for i, bare in enumerate(plan.phases):
         changes = _own_settings(i, plan, kind, config) if "stages" in kind.keys else {}
         changes |= _settings_by_past(bare, config, len(plan.stack_sizes), frozen, past)
@@ -76,7 +77,8 @@ def complete_plan(config: StackWiseConfig, shape: RackShape, past: Past) -> Plan
                 f"{where}.init is {curriculum.phases[i].init}, and no stack joins others here: the first ones begin at "
                 "random; leave it out, or write it in the phase whose path brings new stacks"
             )
-        _check_phase(phase, phases, shape, where)
+        _check_phase(phase, names, shape, where)
+        names.add(phase.name)
         past.note(phase)
         phases.append(phase)
     if curriculum.consistency and not any(phase.consistency for phase in phases):
@@ -222,9 +224,9 @@ def _replaced(phase: Phase, changes: dict[str, Any], where: str) -> Phase:
         raise UsageError(str(error) if where in str(error) else f"{where}: {error}") from None
 
 
-def _check_phase(phase: Phase, earlier: list[Phase], shape: RackShape, where: str) -> None:
-    """Refuse what a phase alone does not know: the names of the others and what the rack ties together."""
-    if phase.name in [other.name for other in earlier]:
+def _check_phase(phase: Phase, names: set[str], shape: RackShape, where: str) -> None:
+    """Refuse what a phase alone does not know: the names of the earlier ones and what the rack ties together."""
+    if phase.name in names:
         raise UsageError(f"{where}.name is '{phase.name}' as in an earlier phase; write another name")
     if shape.tied and phase.train_head and not phase.train_embed:
         # A tied head is the embedding: training it would change the input of a prefix that is taken as fixed.
