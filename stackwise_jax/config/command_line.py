@@ -17,6 +17,7 @@ from stackwise_jax.config.unknown import COMMAND_LINE, advice, refuse_option
 from stackwise_jax.config.values import shown
 from stackwise_jax.errors import UsageError
 
+_REPEATABLE = ("--config",)
 _KEYS = "Each configuration key can be changed by --section.key VALUE or --section.key=VALUE:"
 
 
@@ -73,17 +74,17 @@ class CommandParser(argparse.ArgumentParser):
         """
         tokens = list(sys.argv[1:] if args is None else args)
         given: dict[str, list[str]] = {}
-        for name in self._names(tokens):
+        for name, text in self._given(tokens):
             if name not in self._option_string_actions:
                 options = [option for option in self._option_string_actions if option.startswith("--")]
                 refuse_option(name, options, self.takes_keys)
-            given.setdefault(self._option_string_actions[name].dest, []).append(name)
+            if self._takes_value(name) and name not in _REPEATABLE:
+                given.setdefault(name, []).append(text)
         options = super().parse_args(tokens, namespace)
-        for dest, names in given.items():
-            value = getattr(options, dest, None)
-            if len(names) > 1 and self._takes_value(names[0]) and not isinstance(value, list):
+        for name, texts in given.items():
+            if len(set(texts)) > 1:
                 print(
-                    f"note: {names[0]} is given {len(names)} times; the last one, {shown(value)}, counts",
+                    f"note: {name} is given {len(texts)} times; the last one, {shown(texts[-1])}, counts",
                     file=sys.stderr,
                 )
         return options
@@ -92,17 +93,15 @@ class CommandParser(argparse.ArgumentParser):
         """Raise what argparse would print with its usage."""
         raise UsageError(f"{COMMAND_LINE}: {_printable(message)}; -h shows what can be written")
 
-    def _names(self, tokens: list[str]) -> Iterator[str]:
-        """The options without =value; what follows an option that takes a value, or --, is none."""
+    def _given(self, tokens: list[str]) -> Iterator[tuple[str, str]]:
+        """(name, text of its value) of each option; what follows -- is none."""
         rest = iter(tokens)
         for token in rest:
-            name, equals, _ = token.partition("=")
+            name, equals, text = token.partition("=")
             if token == "--":
                 return
             if token.startswith("-") and token != "-" and not _is_number(token):
-                yield name
-                if self._takes_value(name) and not equals:
-                    next(rest, None)
+                yield name, text if equals or not self._takes_value(name) else next(rest, "")
 
     def _takes_value(self, name: str) -> bool:
         action = self._option_string_actions.get(name)

@@ -59,7 +59,7 @@ def load_written(files: Files = None, overrides: Sequence[str] = ()) -> tuple[St
         config = _merged(config, _content(_read(path), path), path, written)
     texts: dict[str, str] = {}
     for key, text in _pairs(overrides):
-        if key in texts:
+        if texts.get(key, text) != text:
             written.repeated[key] = text
         texts[key] = text
         config = _changed(config, _nested(key, _from_command_line(key, text)), "", COMMAND_LINE, written.keys)
