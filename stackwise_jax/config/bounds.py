@@ -17,6 +17,7 @@ COUNTER = 2**31 - 1  # steps are counted in int32
 PHASE_STEPS = 10**9  # a billion steps at a millisecond each take 12 days
 BLOCKS = 10_000  # of a rack; the deepest transformers that were trained have about 1,000
 PHASES = 100_000  # of a plan: each is an object of its own, and a record
+PASSES = 5_000_000  # stacks that the phases of a plan pass, all together: 2,200 stacks, each a phase of plan stackwise
 WIDTH = 2**20  # the widest models have about 2^15
 TOKENS = 2**24  # of a sequence: 16 million
 SAMPLE = 100_000  # tokens of a text that is generated: more than any sequence that small models see

@@ -74,8 +74,8 @@ def _refuse_large(adapters: AdaptersConfig, name: str, rank: int, alpha: float, 
         if math.log2(value) + doublings > math.log2(RANK):
             what = f"{'trunk_' if name == 'trunk' else ''}{key}"
             raise UsageError(
-                f"curriculum.adapters.{key}_pattern is {pattern} and gives stack {stack} a {what} of more than {RANK}; "
-                f"write another pattern or a smaller curriculum.adapters.{what}"
+                f"curriculum.adapters.{key}_pattern is {pattern} and makes the {what} of stack {stack} larger than "
+                f"{RANK}; write another pattern or a smaller curriculum.adapters.{what}"
             )
 
 

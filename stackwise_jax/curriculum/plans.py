@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-from stackwise_jax.config.bounds import PHASES
+from stackwise_jax.config.bounds import PASSES, PHASES
 from stackwise_jax.config.schema import PhaseConfig, StackWiseConfig
 from stackwise_jax.curriculum.adapter_ranks import adapters_of
 from stackwise_jax.curriculum.phase import Phase
@@ -140,10 +140,9 @@ def cycle(shape: RackShape, config: StackWiseConfig) -> Plan:
     """
     stacks, rounds = tuple(range(len(shape.block_counts))), config.curriculum.rounds
     first, turns = _learnable(shape)[0], _stages(shape.learnable, config)
-    if rounds * len(turns) > PHASES:
-        raise UsageError(
-            f"curriculum.rounds is {rounds}, with {len(turns)} phases each; write at most {PHASES // len(turns)}"
-        )
+    most = min(PHASES, PASSES // len(stacks)) // len(turns)
+    if rounds > most:
+        raise UsageError(f"curriculum.rounds is {rounds}, with {len(turns)} phases each; write at most {most}")
     phases = tuple(
         _phase(
             config,
@@ -316,6 +315,11 @@ def _learnable(shape: RackShape) -> tuple[int, ...]:
 def _stages(order: Sequence[int], config: StackWiseConfig) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Stacks in the order of their stages, as (new stacks, learning stacks); both in that order."""
     sizes, stages, done = config.curriculum.stacks_per_stage, [], 0
+    if len(order) ** 2 // sizes[-1] > PASSES:
+        raise UsageError(
+            f"model.architecture.n_stacks is {len(order)}, and as many phases would pass {len(order) ** 2:,} stacks in "
+            "all; write fewer stacks of more blocks, or larger curriculum.stacks_per_stage"
+        )
     while done < len(order):
         size = sizes[min(len(stages), len(sizes) - 1)]
         new = tuple(order[done : done + size])
