@@ -27,7 +27,7 @@ from common import arguments, configure, finish, in_turns, print_table
 
 from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.engine import prepare
-from stackwise_jax.engine.optimizer import learning_rates, make_optimizer
+from stackwise_jax.engine.optimizer import learning_rate, make_optimizer
 from stackwise_jax.engine.prefix import put_examples
 from stackwise_jax.engine.programs import StepPrograms
 from stackwise_jax.engine.resident import Resident, constants_of
@@ -97,9 +97,10 @@ class Trainer:
     def run(self, rate: float, seed: int) -> float:
         """The mean loss over the last fifth of the steps."""
         executor, losses = self._fresh(seed), []
-        rates = learning_rates(dataclasses.replace(self.phase.optimizer, lr=rate), self.n_steps)
+        cfg = dataclasses.replace(self.phase.optimizer, lr=rate)
         for step in range(self.n_steps):
-            losses.append(executor.step(self._data(seed * self.n_steps + step, float(rates[step])))["loss"])
+            now = float(learning_rate(cfg, self.n_steps, step))
+            losses.append(executor.step(self._data(seed * self.n_steps + step, now))["loss"])
         return float(np.mean(jax.device_get(losses[-max(self.n_steps // 5, 1) :])))
 
     def steps(self, n: int) -> None:

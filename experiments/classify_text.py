@@ -47,7 +47,7 @@ from stackwise_jax.data import (
     load_tokenizer,
     read_labelled,
 )
-from stackwise_jax.engine.optimizer import learning_rates, make_optimizer
+from stackwise_jax.engine.optimizer import learning_rate, make_optimizer
 from stackwise_jax.engine.programs import compiled_bytes
 from stackwise_jax.engine.update import apply_update, clip, norm
 from stackwise_jax.errors import UsageError
@@ -180,11 +180,11 @@ class Trainer:
     def run(self, rate: float, seed: int) -> Outcome:
         """Train until validation has not become better for a while, at most args.steps."""
         args, stream = self.args, LabelledLoader(self.data.train, self.batch_size, seed)
-        rates = learning_rates(dataclasses.replace(self.cfg, lr=rate), args.steps)
+        cfg = dataclasses.replace(self.cfg, lr=rate)
         (state, fixed), key = self._fresh(seed), jax.random.fold_in(jax.random.key(seed), 1)
         best, best_step, kept = (-1.0, 0.0), 0, state[0]
         for step in range(1, args.steps + 1):
-            lr, step_key = jnp.float32(rates[step - 1]), jax.random.fold_in(key, step)
+            lr, step_key = jnp.float32(learning_rate(cfg, args.steps, step - 1)), jax.random.fold_in(key, step)
             state, _ = self.step(state, fixed, stream.batch(step - 1), lr, step_key)
             if step % args.eval_every and step < args.steps:
                 continue

@@ -8,32 +8,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from stackwise_jax.config import CommandParser, path, whole_number, whole_numbers
+from stackwise_jax.config.bounds import BLOCKS, COUNTER, SEED
 from stackwise_jax.config.schema import Format, StackInit
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting.command import add_common, run_command
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The arguments of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m stackwise_jax.convert",
         description="Write the rack of a run as a new run directory: adapters merged, stacks removed, inserted, merged "
         "or split, stored in another format. One stack at a time is in memory. RUN stays as it is.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    numbers = lambda text: tuple(int(number) for number in text.split(","))
-    numbers.__name__ = "list of whole numbers such as 0,2"  # what argparse calls it in an error
-    parser.add_argument("run", metavar="RUN", help="a run directory")
-    parser.add_argument("out", metavar="OUT", help="the directory to write; must not exist")
-    parser.add_argument("--depth", type=int, help="the first K stacks; not given: all that were trained")
+    parser.add_argument("run", metavar="RUN", type=path, help="a run directory")
+    parser.add_argument("out", metavar="OUT", type=path, help="the directory to write; must not exist")
+    parser.add_argument(
+        "--depth", type=whole_number(-COUNTER, COUNTER), help="the first K stacks; not given: all that were trained"
+    )
     parser.add_argument("--merge_adapters", action="store_true", help="put the adapters into the weights")
-    parser.add_argument("--adapters", metavar="RUN", help="take the adapters of this run instead")
-    parser.add_argument("--remove", type=numbers, metavar="K,K", default=(), help="leave these stacks out")
-    parser.add_argument("--insert", type=numbers, metavar="P,P", default=(), help="new stacks before these places")
+    parser.add_argument("--adapters", metavar="RUN", type=path, help="take the adapters of this run instead")
+    parser.add_argument(
+        "--remove", type=whole_numbers(0, BLOCKS), metavar="K,K", default=(), help="leave these stacks out"
+    )
+    parser.add_argument(
+        "--insert", type=whole_numbers(0, BLOCKS), metavar="P,P", default=(), help="new stacks before these places"
+    )
     inits = get_args(StackInit)
     parser.add_argument("--init", choices=inits, help="how inserted stacks begin; not given: zero, the identity")
-    parser.add_argument("--seed", type=int, help="of inserted stacks; not given: 0")
-    parser.add_argument("--sizes", type=numbers, metavar="N,N", default=(), help="blocks per stack in the end")
+    parser.add_argument("--seed", type=whole_number(0, SEED), help="of inserted stacks; not given: 0")
+    parser.add_argument(
+        "--sizes", type=whole_numbers(1, BLOCKS), metavar="N,N", default=(), help="blocks per stack in the end"
+    )
     parser.add_argument("--format", choices=get_args(Format), help="of the stacks; not given: as they are stored")
     add_common(parser)
     return parser

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from stackwise_jax.config import CommandParser, path, whole_number
+from stackwise_jax.config.bounds import COUNTER
 from stackwise_jax.config.schema import ObjectiveKind
 from stackwise_jax.curriculum.phase import AttentionMode
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting import add_common, run_command
 
+MOST_DRAWS = 10_000  # their mean is a hundred times as exact as one of them
 _MEASURES = {
     "none": "next token",
     "fixed": "masked tokens",
@@ -19,18 +22,25 @@ _MEASURES = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The arguments of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m stackwise_jax.evaluate",
         description="Loss, perplexity and bits per byte of a run on held-out text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="a run directory")
-    parser.add_argument("--data.path", dest="path", metavar="FILE", help="a text, .jsonl or folder of your own")
-    parser.add_argument("--depth", type=int, help="use the first K stacks only; not given: all that were trained")
-    parser.add_argument("--batches", type=int, default=0, help="at most so many batches; 0: the whole text")
-    parser.add_argument("--draws", type=int, default=4, help="mlm, diffusion: corruptions of the text to average over")
+    parser.add_argument("run", metavar="RUN", type=path, help="a run directory")
+    parser.add_argument(
+        "--data.path", dest="path", metavar="FILE", type=path, help="a text, .jsonl or folder of your own"
+    )
+    parser.add_argument(
+        "--depth", type=whole_number(-COUNTER, COUNTER), help="the first K stacks; not given: all that were trained"
+    )
+    parser.add_argument(
+        "--batches", type=whole_number(0, COUNTER), default=0, help="at most so many batches; 0: the whole text"
+    )
+    draws = "mlm, diffusion: corruptions of the text to average over"
+    parser.add_argument("--draws", type=whole_number(1, MOST_DRAWS), default=4, help=draws)
     kinds, modes = get_args(ObjectiveKind), get_args(AttentionMode)
     parser.add_argument("--objective", choices=kinds, help="another one than the last phase was trained on")
     parser.add_argument("--attention_mode", choices=modes, help="another one; not given: what goes with the objective")
@@ -40,8 +50,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Run the command; returns the answer for --json."""
-    if args.batches < 0 or args.draws < 1:
-        raise UsageError(f"--batches is {args.batches} and --draws {args.draws}; write at least 0 and 1")
     from stackwise_jax.engine import load_experts, load_rack
     from stackwise_jax.evaluation import evaluate_experts, evaluate_run, held_out_text, task_of
 

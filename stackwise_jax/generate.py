@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stackwise_jax.config import CommandParser, number, path, whole_number
+from stackwise_jax.config.bounds import COUNTER, SAMPLE, SEED
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting.command import add_common, run_command
 
@@ -17,33 +19,41 @@ if TYPE_CHECKING:
 ORDERS = ("confidence", "random", "entropy", "margin")  # those of sampling, whose import would delay --help
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The arguments of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m stackwise_jax.generate",
         description="Continue a text with the model of a run: left to right with a key/value cache (objective clm), or "
         "by unmasking a block behind the prompt (mlm, diffusion): in several passes, in one where depth is time, or "
         "by one stack after the other where stacks were trained apart.",
     )
-    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument("run", metavar="RUN", type=path, help="a run directory")
     parser.add_argument("--prompt", default="", help="text to start from (default: empty)")
     parser.add_argument(
-        "--max_tokens", type=int, default=128, help="new tokens, for clm at most (default: %(default)s)"
+        "--max_tokens",
+        type=whole_number(1, SAMPLE),
+        default=128,
+        help="new tokens, for clm at most (default: %(default)s)",
     )
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
+    parser.add_argument("--temperature", type=number, default=0.8, help="0: the likeliest token (default: %(default)s)")
     parser.add_argument(
-        "--top_k", type=int, default=0, help="only the k likeliest tokens; 0: all (default: %(default)s)"
+        "--top_k",
+        type=whole_number(0, COUNTER),
+        default=0,
+        help="only the k likeliest tokens; 0: all (default: %(default)s)",
     )
     parser.add_argument(
         "--top_p",
-        type=float,
+        type=number,
         default=1.0,
         help="only the likeliest tokens that reach this probability together; 1: all (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole_number(0, SEED), default=0, help="the same seed gives the same text (default: %(default)s)"
+    )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=whole_number(1, SAMPLE),
         help="mlm, diffusion: forward passes (default: one per token; one per stack where stacks were trained apart)",
     )
     parser.add_argument(
@@ -53,10 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--block_size",
-        type=int,
+        type=whole_number(1, SAMPLE),
         help="mlm, diffusion: finish blocks of so many tokens from left to right (default: all tokens at once)",
     )
-    parser.add_argument("--depth", type=int, help="use the first DEPTH stacks only (default: all that were trained)")
+    parser.add_argument(
+        "--depth",
+        type=whole_number(-COUNTER, COUNTER),
+        help="only the first DEPTH stacks (default: all that were trained)",
+    )
     add_common(parser)
     return parser
 

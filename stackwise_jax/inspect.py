@@ -7,19 +7,23 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from stackwise_jax.config import CommandParser, path, whole_number
+from stackwise_jax.config.bounds import COUNTER
 from stackwise_jax.errors import RunError
 from stackwise_jax.reporting.command import add_common, run_command
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The arguments of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m stackwise_jax.inspect",
         description="Show what a run, a stack or a checkpoint holds: where the run stands, trees with shapes, dtypes "
         "and bytes, versions, which phase wrote them, the loss of each stack. Arrays are read only for --norms.",
     )
-    parser.add_argument("path", metavar="PATH", help="a run directory, its checkpoints/, an item or one version of it")
-    parser.add_argument("--stack", type=int, metavar="K", help="only stack K of a run")
+    parser.add_argument(
+        "path", metavar="PATH", type=path, help="a run directory, its checkpoints/, an item or one version of it"
+    )
+    parser.add_argument("--stack", type=whole_number(-COUNTER, COUNTER), metavar="K", help="only stack K of a run")
     parser.add_argument("--norms", action="store_true", help="read the newest arrays and show the 2-norm of each")
     add_common(parser)
     return parser

@@ -8,8 +8,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from stackwise_jax.config import ConfigArgumentParser, StackWiseConfig, load_config, run_directory, validate
-from stackwise_jax.reporting import add_common, make_console, run_command
+from stackwise_jax.config import (
+    ConfigArgumentParser,
+    StackWiseConfig,
+    load_written,
+    resolved_yaml,
+    run_directory,
+    validate,
+)
+from stackwise_jax.curriculum import overruled
+from stackwise_jax.reporting import add_common, make_console, print_notes, run_command
 
 
 def build_parser() -> ConfigArgumentParser:
@@ -37,15 +45,20 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: the configuration cannot be run anywhere.
     """
-    config = load_config(args.config, args.overrides)
-    given = {name: getattr(args, name) for name in ("device", "host", "disk") if getattr(args, name) is not None}
-    alone = dataclasses.replace(config.mesh, num_processes=1, process_id=0, coordinator=None)
-    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, **given), mesh=alone)
+    machine = [
+        f"--memory.{name}={size}" for name in ("device", "host", "disk") if (size := getattr(args, name)) is not None
+    ]
+    config, written = load_written(args.config, [*args.overrides, *machine])
 
     from stackwise_jax.engine.sketch import without_text
 
     validate(without_text(config))
-    return _answer(config, args)
+    print_notes(overruled(config, written, alone=True))
+    if args.print_config:
+        print(resolved_yaml(config), end="")
+        return config.to_dict()
+    alone = dataclasses.replace(config.mesh, num_processes=1, process_id=0, coordinator=None)
+    return _answer(dataclasses.replace(config, mesh=alone), args)
 
 
 def _answer(config: StackWiseConfig, args: argparse.Namespace) -> dict[str, Any]:

@@ -15,13 +15,22 @@ from typing import TYPE_CHECKING, Any
 from stackwise_jax.config import (
     ConfigArgumentParser,
     StackWiseConfig,
-    load_config,
+    load_written,
     resolved_yaml,
     run_directory,
     validate,
 )
+from stackwise_jax.curriculum import overruled
 from stackwise_jax.errors import UsageError
-from stackwise_jax.reporting import ConsoleReporter, Reporters, TensorBoardReporter, add_common, print_plan, run_command
+from stackwise_jax.reporting import (
+    ConsoleReporter,
+    Reporters,
+    TensorBoardReporter,
+    add_common,
+    print_notes,
+    print_plan,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from stackwise_jax.engine import Setup
@@ -68,15 +77,17 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
 
     Of several processes only the first prints, writes curves and answers.
     """
-    config = load_config(args.config, args.overrides)
+    config, written = load_written(args.config, args.overrides)
     validate(config)
+    first = config.mesh.process_id == 0
+    if first:
+        print_notes(overruled(config, written, alone=args.dry_run))
     if args.print_config:
         print(resolved_yaml(config), end="")
         return config.to_dict()
     run_dir = run_directory(config, args.config)
     if args.dry_run:
         return dry_run(config, run_dir)
-    first = config.mesh.process_id == 0
 
     from stackwise_jax.engine import Interrupted, Run, prepare
 

@@ -147,6 +147,53 @@ def test_the_rate_decays_in_the_last_phase_only():
     assert (first.optimizer.schedule, second.optimizer.schedule) == ("linear", "constant")
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_rate_decays_in_the_last_of_the_phases_that_are_spelled_out(n):
+    phases = ", ".join(["{train: [0]}"] * n)
+    config = load_config(
+        None, ["--curriculum.plan=custom", "--curriculum.decay=last", f"--curriculum.phases=[{phases}]"]
+    )
+    schedules = [phase.optimizer.schedule for phase in make_plan(config, SHAPE).phases]
+    assert schedules == ["constant"] * (n - 1) + ["wsd"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("append --curriculum.stages=[{name:a},{name:a}]", "curriculum.stages[1].name is 'a' as in an earlier phase"),
+        ("custom --curriculum.phases=[{train:[0],name:a},{train:[1],name:a}]", "curriculum.phases[1].name is 'a'"),
+        (
+            "append --curriculum.trunk=adapt --curriculum.adapters.rank=0 --curriculum.adapters.trunk_rank=0",
+            "curriculum.trunk is adapt and no stack has an adapter; write curriculum.adapters.rank or trunk_rank",
+        ),
+        (
+            "append --curriculum.trunk=adapt --curriculum.adapters.merge=true --curriculum.stacks_per_stage=[2]",
+            "curriculum.adapters.merge does nothing, since no phase begins with adapters that were there before",
+        ),
+        (
+            "custom --curriculum.phases=[{train:[0]}] --curriculum.adapters.rank=3",
+            "curriculum.adapters does nothing, since no phase has adapters; adapt stacks or leave it out",
+        ),
+    ],
+)
+def test_an_error_names_the_entry_or_the_key_that_is_wrong(line, expected):
+    plan, *rest = line.replace(":", ": ").split(" --")
+    config = [f"--curriculum.plan={plan}", *(f"--{part}" for part in rest)]
+    assert refused(lambda: make_plan(load_config(None, config), SHAPE)).startswith(expected)
+
+
+def test_a_phase_is_named_by_its_entry_if_it_has_one():
+    tied = dataclasses.replace(SHAPE, tied=True)
+    config = lambda entries: load_config(None, ["--curriculum.plan=append", f"--curriculum.stages={entries}"])
+    assert refused(make_plan, config("[]"), tied).startswith("phase 'stack 1': the head learns")
+    assert refused(make_plan, config("[{lr: 1}]"), tied).startswith("phase 'stack 1': the head learns")
+    assert refused(make_plan, config("[{lr: 1}, {lr: 1}]"), tied).startswith("curriculum.stages[1]: the head learns")
+    wrong = config("[{objective: {kind: mlm, mask_fraction: 7}}]")
+    assert refused(make_plan, wrong, SHAPE).count("curriculum.stages[0]: ") == 1
+    wrong = config("[{objective: {attention_mode: bidirectional}}]")
+    assert refused(make_plan, wrong, SHAPE).startswith("curriculum.stages[0]: phase 'stack 0': objective clm")
+
+
 def test_stages_have_settings_of_their_own():
     stages = """[{name: a, steps: 7, lr: 0.1}, {frozen: bf16, optimizer: {name: sgd, lr: 0.2}},
         {objective: {kind: diffusion, noise: elbo, attention_mode: model, corruption: fresh}}]"""

@@ -5,7 +5,7 @@
 #
 # NAME: steps whose names begin with it (70b, 8b, tests, ..); none: all. PYTHON has jax for the GPU; where other packages of
 # the project are missing, they are installed from the wheels in WHEELS: those of `pip download --no-deps --only-binary
-# :all: --python-version 3.12 -d WHEELS grain array_record portpicker jsonargparse tensorboardX` and of what else is
+# :all: --python-version 3.12 -d WHEELS grain array_record portpicker tensorboardX` and of what else is
 # missing. TEXT: what the 70B curriculum is trained on; without it on the documentation of Python. Each step prints one
 # line of JSON as soon as it has ended, also to OUT/results.jsonl, and its output to OUT/log.txt. A step that has succeeded
 # there is not run again, and a step that may not end in the time left is put off: the same command goes on. On a fresh

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import re
 from decimal import Decimal
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
+from stackwise_jax.config.bounds import BYTES, check_bounds
+from stackwise_jax.config.keys import values_of
+from stackwise_jax.config.paths import check_text, check_there
 from stackwise_jax.config.schema import (
     AdaptersConfig,
     AdapterTarget,
@@ -28,6 +28,7 @@ from stackwise_jax.config.schema import (
     StageConfig,
     TokenizerConfig,
 )
+from stackwise_jax.config.values import shown
 from stackwise_jax.errors import UsageError
 
 _UNITS = {"": 1, "B": 1}
@@ -40,16 +41,24 @@ DEVICE_NAMES = ("h200", "a100-80", "rtx4090", "t4", "cpu")  # what memory.device
 _SMALLEST_SENTENCEPIECE = 256 + 5 + 1
 
 
-def validate(config: StackWiseConfig) -> None:
+def validate(config: StackWiseConfig, *, files: bool = True) -> None:
     """Refuse values that no run could use. Keys that mean nothing under the chosen setting are not looked at.
+
+    Args:
+        files: whether the files that the configuration names have to be there. False for a stored configuration.
 
     Raises:
         UsageError: one sentence with the key, its value and what to write instead.
     """
-    _check_finite(config, "")
+    check_bounds(config)
+    for key, value in values_of(config):
+        if isinstance(value, float):
+            _need(math.isfinite(value), key, value, "a finite number")
+        elif isinstance(value, str):
+            check_text(value, key)
     _check_run(config.run)
-    _check_data(config.data)
-    _check_tokenizer(config.tokenizer)
+    _check_data(config.data, files)
+    _check_tokenizer(config.tokenizer, files)
     _check_model(config.model)
     _check_objective(config.objective, "objective", config)
     _check_curriculum(config.curriculum, config)
@@ -66,10 +75,13 @@ def parse_bytes(text: str, key: str) -> int:
     Raises:
         UsageError: the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise UsageError(f"{key} is {json.dumps(text)}; write a size such as 500MB or 4GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+        raise UsageError(f"{key} is {shown(text)}; write a size such as 500MB or 4GiB")
+    n_bytes = float(match[1]) * _UNITS[match[2].upper()]
+    if n_bytes > BYTES:
+        raise UsageError(f"{key} is {shown(text)}; write at most {BYTES // 1024**4}TiB")
+    return int(n_bytes)
 
 
 def parse_budget(text: str) -> tuple[int, Literal["steps", "tokens", "flops"]]:
@@ -80,7 +92,7 @@ def parse_budget(text: str) -> tuple[int, Literal["steps", "tokens", "flops"]]:
     Raises:
         UsageError: the text is no budget, or one of less than 1.
     """
-    number = r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)"
+    number = r"([0-9]{1,100}(?:\.[0-9]*)?(?:e\+?[0-9]{1,2})?)"
     match = re.fullmatch(rf"\s*{number}\s*([kmbgtp]?)\s*(step|token|flop)s?\s*", text, re.IGNORECASE)
     amount = int(Decimal(match[1]) * _AMOUNTS[match[2].upper()]) if match else 0
     _need(amount >= 1, "curriculum.budget", text, 'an amount such as "3000 steps", "5M tokens" or "2e15 flops"')
@@ -90,7 +102,7 @@ def parse_budget(text: str) -> tuple[int, Literal["steps", "tokens", "flops"]]:
 
 def _need(holds: bool, key: str, value: object, remedy: str) -> None:
     if not holds:
-        raise UsageError(f"{key} is {json.dumps(value)}; write {remedy}")
+        raise UsageError(f"{key} is {shown(value)}; write {remedy}")
 
 
 def _at_least(section: object, prefix: str, smallest: int, *names: str) -> None:
@@ -101,18 +113,6 @@ def _at_least(section: object, prefix: str, smallest: int, *names: str) -> None:
 
 def _distinct_ids(ids: list[int], key: str) -> None:
     _need(len(set(ids)) == len(ids) and min(ids, default=0) >= 0, key, ids, "stack ids from 0, each once")
-
-
-def _check_finite(value: Any, key: str) -> None:
-    """Refuse a number that is none, in sections and lists too."""
-    if dataclasses.is_dataclass(value):
-        for item in dataclasses.fields(value):
-            _check_finite(getattr(value, item.name), f"{key}.{item.name}" if key else item.name)
-    elif isinstance(value, list):
-        for i, entry in enumerate(value):
-            _check_finite(entry, f"{key}[{i}]")
-    elif isinstance(value, float):
-        _need(math.isfinite(value), key, value, "a finite number")
 
 
 def _check_run(run: RunConfig) -> None:
@@ -132,14 +132,17 @@ def _check_run(run: RunConfig) -> None:
         _need(not value or run.init_from is not None, f"run.{key}", value, remedy)
 
 
-def _check_data(data: DataConfig) -> None:
+def _check_data(data: DataConfig, files: bool) -> None:
     _at_least(data, "data", 2, "seq_len")
     _at_least(data, "data", 1, "batch_size")
     if data.source in ("text", "jsonl"):
         what = "*.txt" if data.source == "text" else "*.jsonl"
         remedy = f"the path of an existing file or of a folder of {what}"
-        _need(bool(data.path) and Path(str(data.path)).exists(), "data.path", data.path, remedy)
-        _need(data.valid_path is None or Path(data.valid_path).exists(), "data.valid_path", data.valid_path, remedy)
+        _need(bool(data.path), "data.path", data.path, remedy)
+        if files:
+            check_there(str(data.path), "data.path", remedy)
+    if files and data.valid_path is not None:
+        check_there(data.valid_path, "data.valid_path", "the path of an existing file or of a folder of texts")
     if data.source == "jsonl":
         _need(bool(data.text_key), "data.text_key", data.text_key, "the key of each line that holds its text")
     if data.source == "synthetic":
@@ -153,12 +156,14 @@ def _check_data(data: DataConfig) -> None:
         _need(0 < data.valid_fraction < 1, "data.valid_fraction", data.valid_fraction, "a share between 0 and 1")
 
 
-def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
+def _check_tokenizer(tokenizer: TokenizerConfig, files: bool) -> None:
     if tokenizer.kind == "sentencepiece":
         _at_least(tokenizer, "tokenizer", _SMALLEST_SENTENCEPIECE, "vocab_size")
     if tokenizer.kind == "file":
-        exists = bool(tokenizer.path) and Path(str(tokenizer.path)).is_file()
-        _need(exists, "tokenizer.path", tokenizer.path, "the path of an existing SentencePiece .model file")
+        remedy = "the path of an existing SentencePiece .model file"
+        _need(bool(tokenizer.path), "tokenizer.path", tokenizer.path, remedy)
+        if files:
+            check_there(str(tokenizer.path), "tokenizer.path", remedy, folder=False)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -342,9 +347,9 @@ def _check_mesh(mesh: MeshConfig) -> None:
         address = re.fullmatch(r".+:\d+", mesh.coordinator or "")
         remedy = "host:port of process 0, since mesh.num_processes is more than 1"
         _need(address is not None, "mesh.coordinator", mesh.coordinator, remedy)
-        in_range = 0 <= mesh.process_id < mesh.num_processes
-        remedy = f"a number from 0 to {mesh.num_processes - 1}, since mesh.num_processes is {mesh.num_processes}"
-        _need(in_range, "mesh.process_id", mesh.process_id, remedy)
+    in_range = 0 <= mesh.process_id < mesh.num_processes
+    remedy = f"a number from 0 to {mesh.num_processes - 1}, since mesh.num_processes is {mesh.num_processes}"
+    _need(in_range, "mesh.process_id", mesh.process_id, remedy)
 
 
 def _check_batch(config: StackWiseConfig) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -56,14 +55,25 @@ def list_names(section: type = schema.StackWiseConfig, prefix: str = "") -> tupl
     return tuple(names)
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """The known name that a person most likely meant: the same last word elsewhere, else the one spelled most alike."""
+def values_of(section: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in a section, such as curriculum.stages[0].lr; a list comes before its entries."""
+    if dataclasses.is_dataclass(section):
+        for item in dataclasses.fields(section):
+            yield from values_of(getattr(section, item.name), f"{key}.{item.name}" if key else item.name)
+        return
+    yield key, section
+    if isinstance(section, list):
+        for i, entry in enumerate(section):
+            yield from values_of(entry, f"{key}[{i}]")
 
-    def likeness(other: str) -> float:
-        words, others = name.rsplit(".", 1)[-1], other.rsplit(".", 1)[-1]
-        return _ratio(name, other) + _ratio(words, others) + (words == others)
 
-    return max(known, key=likeness)
+def hint_of(key: str) -> Any:
+    """The type of a key or a section such as model.architecture; None: there is none of this name."""
+    hint: Any = schema.StackWiseConfig
+    for name in key.split("."):
+        section, _ = split_optional(hint)
+        hint = section_hints(section).get(name) if dataclasses.is_dataclass(section) else None  # pyright: ignore
+    return hint
 
 
 def split_optional(hint: Any) -> tuple[Any, bool]:
@@ -90,10 +100,6 @@ def describe(hint: Any) -> str:
     else:
         text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[inner]
     return text + (" or null" if optional else "")
-
-
-def _ratio(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def _comment(section: type, name: str) -> str:

@@ -1,50 +1,78 @@
 """From YAML files and --section.key overrides to a StackWiseConfig, and back to text.
 
 Every mistake is a UsageError of one sentence that says where (the file or the command line), which key, and what would
-be right. YAML is read by the safe loader only.
+be right.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from stackwise_jax.config.keys import describe, list_names, nearest, section_hints, split_optional
+from stackwise_jax.config.keys import describe, hint_of, list_keys, section_hints, split_optional
+from stackwise_jax.config.paths import PATHS, expanded
 from stackwise_jax.config.schema import StackWiseConfig
+from stackwise_jax.config.unknown import COMMAND_LINE, refuse_unknown
+from stackwise_jax.config.values import meaning, shown, typed
+from stackwise_jax.config.yaml_text import Plain, parse_yaml
 from stackwise_jax.errors import UsageError
+from stackwise_jax.files import read_regular
 
-COMMAND_LINE = "command line"
+MOST_BYTES = 2**20  # of a YAML file; the largest configuration with a list of phases is a hundredth of it
 Section = TypeVar("Section")
+Files = str | Path | Sequence[str | Path] | None
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> StackWiseConfig:
-    """The defaults, changed by a YAML file of differences, changed by overrides.
+@dataclass
+class Written:
+    """What the user wrote, besides its values."""
+
+    keys: set[str] = field(default_factory=set)  # such as model.d_model or curriculum.stages[0].lr
+    repeated: dict[str, str] = field(default_factory=dict)  # key -> the text that counts; twice on the command line
+
+
+def load_config(files: Files = None, overrides: Sequence[str] = ()) -> StackWiseConfig:
+    """The defaults, changed by YAML files of differences, changed by overrides.
 
     Keys and types are checked here; values that no type catches are checked by `validate`.
 
     Args:
-        path: the YAML file; None: only the defaults.
+        files: YAML files in the order in which they are merged: sections key by key, lists as a whole.
         overrides: as on the command line: ["--model.d_model", "64", "--optimizer.lr=1e-3"]; the last one wins.
 
     Raises:
         UsageError: a missing, empty or unreadable file, an unknown key or a value of the wrong type.
     """
-    config = StackWiseConfig()
-    if path is not None:
-        config = _changed(config, _read_yaml(Path(path)), "", str(path), list_names())
+    return load_written(files, overrides)[0]
+
+
+def load_written(files: Files = None, overrides: Sequence[str] = ()) -> tuple[StackWiseConfig, Written]:
+    """As `load_config`, and what the user wrote for it."""
+    config, written = StackWiseConfig(), Written()
+    for path in _listed(files):
+        path = expanded(str(path))
+        config = _merged(config, _content(_read(path), path), path, written)
+    texts: dict[str, str] = {}
     for key, text in _pairs(overrides):
-        if key not in list_names():
-            refuse_unknown(key, COMMAND_LINE, list_names())
-        config = _changed(config, _nested(key, text), "", COMMAND_LINE, list_names())
-    return config
+        if texts.get(key, text) != text:
+            written.repeated[key] = text
+        texts[key] = text
+        config = _changed(config, _nested(key, _from_command_line(key, text)), "", COMMAND_LINE, written.keys)
+    return config, written
+
+
+def config_from_yaml(content: bytes, where: str) -> StackWiseConfig:
+    """The configuration that the content of a YAML file describes; `where` is how errors name the file.
+
+    Raises:
+        UsageError: it is no YAML, or holds an unknown key or a value of the wrong type.
+    """
+    return _merged(StackWiseConfig(), _content(content, where), where, Written())
 
 
 def config_from_dict(given: Mapping[str, Any], where: str = "configuration") -> StackWiseConfig:
@@ -53,7 +81,7 @@ def config_from_dict(given: Mapping[str, Any], where: str = "configuration") -> 
     Raises:
         UsageError: an unknown key or a value of the wrong type; the sentence begins with `where`.
     """
-    return _changed(StackWiseConfig(), given, "", where, list_names())
+    return _merged(StackWiseConfig(), given, where, Written())
 
 
 def resolved_yaml(config: StackWiseConfig) -> str:
@@ -68,75 +96,86 @@ def differing_keys(a: StackWiseConfig, b: StackWiseConfig) -> list[str]:
     return [key for key in flat_a | flat_b if flat_a.get(key, missing) != flat_b.get(key, missing)]
 
 
-def run_directory(config: StackWiseConfig, config_path: str | Path | None = None) -> Path:
-    """Where the run lives: run.dir, else runs/<run.name>, else runs/<stem of the config file, or "default">."""
+def run_directory(config: StackWiseConfig, files: Files = None) -> Path:
+    """Where the run lives: run.dir, else runs/<run.name>, else runs/<stem of the last config file, or "default">."""
     if config.run.dir is not None:
         return Path(config.run.dir)
-    return Path("runs") / (config.run.name or (Path(config_path).stem if config_path else "default"))
+    names = [Path(path).stem for path in _listed(files)]
+    return Path("runs") / (config.run.name or (names[-1] if names else "default"))
 
 
-def refuse_unknown(key: str, where: str, known: Collection[str]) -> NoReturn:
-    """Raise the UsageError for a key or an option that does not exist, with the nearest of the `known` ones."""
-    if re.split(r"[.\-]", key)[-1] == "n_blocks":
-        raise UsageError(
-            f"{where}: the key {key} is no longer used; write model.architecture.n_stacks and "
-            "model.architecture.blocks_per_stack"
-        )
-    if key in known:
-        raise UsageError(f"{where}: {key} is written with dots; in YAML write each section on its own line, indented")
-    what = "option" if key.startswith("-") else "key"
-    raise UsageError(f"{where}: unknown {what} {key}; the nearest valid one is {nearest(key, known)}")
+def _listed(files: Files) -> Sequence[str | Path]:
+    return [files] if isinstance(files, str | Path) else files or []
 
 
-def _changed(base: Section, given: Any, prefix: str, where: str, known: Collection[str]) -> Section:
-    """A copy of a section with what is given replaced; `prefix` is the section's name, with a dot at its end."""
+def _merged(base: StackWiseConfig, given: Any, where: str, written: Written) -> StackWiseConfig:
+    """The configuration changed by the content of one file.
+
+    A section that names all its keys was written by --print_config or by a run: what it repeats of the defaults is not
+    the user's.
+    """
+    keys: set[str] = set()
+    config = _changed(base, given, "", where, keys)
+    for section in section_hints(StackWiseConfig):
+        own = {key.name: key.default for key in list_keys() if key.name.startswith(f"{section}.")}
+        if keys >= own.keys():
+            now = {name: value for name, value in _flat(config.to_dict()) if name in own}
+            keys -= {name for name, default in own.items() if now.get(name) == default}
+    _forget_entries(written.keys, keys)
+    written.keys |= keys
+    return config
+
+
+def _forget_entries(keys: set[str], replaced: set[str]) -> None:
+    """Remove what was written in the entries of lists that are now replaced."""
+    keys -= {key for key in keys if key.partition("[")[0] in replaced}
+
+
+def _changed(base: Section, given: Any, prefix: str, where: str, keys: set[str]) -> Section:
+    """A copy of a section with what is given replaced, whose names are added to `keys`; `prefix` ends with a dot."""
     hints = section_hints(type(base))
     if not isinstance(given, Mapping):
-        raise UsageError(
-            f"{where}: {prefix[:-1] or 'the file'} is {_shown(given)}; write keys below it, such as {', '.join(hints)}"
-        )
+        what = f"{prefix[:-1]} is" if prefix else "the file is"
+        raise UsageError(f"{where}: {what} {shown(given)}; write keys below it, such as {', '.join(hints)}")
     values = {}
     for name, value in given.items():
         if name not in hints:
-            refuse_unknown(f"{prefix}{name}", where, known)
-        values[name] = _value(hints[name], getattr(base, name), value, f"{prefix}{name}", where, known)
+            refuse_unknown(str(name), where, type(base), prefix, value)
+        values[name] = _value(hints[name], getattr(base, name), value, f"{prefix}{name}", where, keys)
     return dataclasses.replace(base, **values)  # pyright: ignore[reportArgumentType]
 
 
-def _value(hint: Any, base: Any, value: Any, key: str, where: str, known: Collection[str]) -> Any:
+def _value(hint: Any, base: Any, value: Any, key: str, where: str, keys: set[str]) -> Any:
     """The value for a key of type `hint`, checked; `base` is what it replaces."""
     inner, optional = split_optional(hint)
     if dataclasses.is_dataclass(inner):
-        if value is None:  # a section whose lines are all commented out, or no objective of its own
+        if value is None or (isinstance(value, Plain) and meaning(value) is None):  # all its lines are commented out
             return base if not optional else None
-        return _changed(base or inner(), value, f"{key}.", where, known)  # pyright: ignore[reportCallIssue]
-    quotes = " (in quotes what YAML reads as something else)" if inner is str else ""
-    wrong = UsageError(f"{where}: {key} is {_shown(value)}; write {describe(hint)}{quotes}")
-    if value is None and not optional:
-        raise wrong
-    if get_origin(inner) is list and dataclasses.is_dataclass(entry := get_args(inner)[0]):
-        entries = _parsed(value, f"{where}: {key}") if isinstance(value, str) else value
-        if not isinstance(entries, list):
-            raise wrong
-        names = [f"{key}[{i}]." for i in range(len(entries))]
+        return _changed(base or inner(), value, f"{key}.", where, keys)  # pyright: ignore[reportCallIssue]
+    _forget_entries(keys, {key})
+    keys.add(key)
+    if get_origin(inner) is list and dataclasses.is_dataclass(entry := get_args(inner)[0]) and isinstance(value, list):
         return [
-            _changed(entry(), item, name, where, list_names(entry, name))  # pyright: ignore
-            for name, item in zip(names, entries, strict=True)
+            _changed(entry(), {} if item is None else item, f"{key}[{i}].", where, keys)  # pyright: ignore
+            for i, item in enumerate(value)
         ]
     try:
-        return _reader(hint).parse_object({"value": value}).value
-    except argparse.ArgumentError:
-        raise wrong from None
+        found = typed(hint, value)
+    except (ValueError, TypeError):
+        quotes = " (in quotes what YAML reads as something else)" if inner is str else ""
+        raise UsageError(f"{where}: {key} is {shown(value)}; write {describe(hint)}{quotes}") from None
+    return expanded(found) if key in PATHS and found is not None else found
 
 
-@cache
-def _reader(hint: Any) -> Any:
-    """A parser of one value of type `hint`, from what YAML holds or from the text of the command line."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
-    return parser
+def _from_command_line(key: str, text: str) -> Any:
+    """What the text of an override stands for: a list is YAML, text that may not be null is taken as it is."""
+    hint = hint_of(key)
+    if hint is None:
+        refuse_unknown(key, COMMAND_LINE)
+    inner, optional = split_optional(hint)
+    if get_origin(inner) is list:
+        return parse_yaml(text, f"{COMMAND_LINE}: {key}")
+    return text if inner is str and not optional else Plain(text)
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -149,6 +188,8 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not equals:
             text = next(rest, None)
             if text is None or text.startswith("--"):
+                if hint_of(key) is None:
+                    refuse_unknown(key, COMMAND_LINE)
                 raise UsageError(f"{COMMAND_LINE}: {token} has no value; write {token} VALUE or {token}=VALUE")
         yield key, text
 
@@ -171,58 +212,34 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def _shown(value: Any) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False)
-
-
-def _read_yaml(path: Path) -> Any:
+def _read(path: str) -> bytes:
     try:
-        text = path.read_text(encoding="utf-8")
+        return read_regular(path, MOST_BYTES)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; give --config a YAML file that does") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text; give --config a YAML file") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); give --config a readable YAML file") from None
-    given = _parsed(text, str(path))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{path} cannot be read ({why}); give --config a readable YAML file") from None
+
+
+def _content(content: bytes, where: str) -> Any:
+    """The value of a YAML file."""
+    start = content[:1000]
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or start.count(b"\0") * 3 > len(start):
+        raise UsageError(f"{where} is not UTF-8 text but looks like UTF-16; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{where}, line {line}: the file is not UTF-8 text; give --config a YAML file") from None
+    given = parse_yaml(text, where)
     if given is None:
-        raise UsageError(f"{path} is empty; write the keys that differ from the defaults, or leave --config out")
+        raise UsageError(f"{where} is empty; write the keys that differ from the defaults, or leave --config out")
     return given
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "unreadable text"
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(
-            f"{where}{line}: this is no valid YAML ({problem}); write lines of the form key: value"
-        ) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that stands twice in a section (YAML would keep the last)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
-
-
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper."""
+    """The safe dumper, without anchors for values that are the same object."""
 
-
-def _read_exponents(handlers: Iterable[Any]) -> None:
-    """YAML 1.1 reads 1e-4 as text because it has no dot; read and write it as the number it is in YAML 1.2."""
-    for handler in handlers:
-        handler.add_implicit_resolver(
-            "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-        )
-
-
-_read_exponents((_Loader, _Dumper))
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

@@ -55,7 +55,7 @@ class RunConfig:
     """Where a run lives and how it reports."""
 
     dir: str | None = None  # the run directory; None: runs/<name>
-    name: str | None = None  # None: the stem of the config file
+    name: str | None = None  # None: the stem of the last config file
     seed: int = 0  # of all that is random: weights, order of batches, corruption, dropout
     init_from: str | None = None  # a run directory whose trained weights this run starts from
     init_depth: int | None = None  # init_from: as the other run was at this depth; None: as it ended

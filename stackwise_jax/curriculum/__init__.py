@@ -2,6 +2,7 @@
 
 from stackwise_jax.curriculum.levels import noise_cut, stack_levels
 from stackwise_jax.curriculum.make import make_plan
+from stackwise_jax.curriculum.overruled import overruled
 from stackwise_jax.curriculum.phase import (
     AdapterSpec,
     AttentionMode,
@@ -30,6 +31,7 @@ __all__ = [
     "format_phase_table",
     "make_plan",
     "noise_cut",
+    "overruled",
     "phase_table",
     "stack_levels",
     "trained_apart",

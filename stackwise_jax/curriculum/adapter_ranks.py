@@ -10,9 +10,11 @@ k is the place of the stack, 0 at the input; r stands for rank and likewise for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
+from stackwise_jax.config.bounds import RANK
 from stackwise_jax.config.schema import AdapterPattern, AdaptersConfig
 from stackwise_jax.curriculum.phase import AdapterSpec, StackAdapter
 from stackwise_jax.errors import UsageError
@@ -58,9 +60,23 @@ def adapter_spec(
     if rank == 0:
         return None
     if adapters.strategy == "progressive":
+        _refuse_large(adapters, name, rank, alpha, stack)
         rank = int(_by_depth(rank, adapters.rank_pattern, stack))
         alpha = _by_depth(alpha, adapters.alpha_pattern, stack)
     return AdapterSpec(rank=rank, alpha=alpha, dropout=adapters.dropout, targets=tuple(adapters.targets))
+
+
+def _refuse_large(adapters: AdaptersConfig, name: str, rank: int, alpha: float, stack: int) -> None:
+    """Refuse a pattern that grows beyond all sense with depth, before it overflows."""
+    for key, value in (("rank", rank), ("alpha", alpha)):
+        pattern = getattr(adapters, f"{key}_pattern")
+        doublings = {"increasing": stack, "linear": math.log2(stack + 1)}.get(pattern, 0)
+        if math.log2(value) + doublings > math.log2(RANK):
+            what = f"{'trunk_' if name == 'trunk' else ''}{key}"
+            raise UsageError(
+                f"curriculum.adapters.{key}_pattern is {pattern} and makes the {what} of stack {stack} larger than "
+                f"{RANK}; write another pattern or a smaller curriculum.adapters.{what}"
+            )
 
 
 def _by_depth(value: float, pattern: AdapterPattern, stack: int) -> float:

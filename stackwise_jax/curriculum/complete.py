@@ -8,10 +8,12 @@ optimizer state goes on.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from stackwise_jax.config.bounds import PHASE_STEPS
 from stackwise_jax.config.schema import AdaptersConfig, StackWiseConfig, StageConfig, WhenLearns
 from stackwise_jax.curriculum.adapter_ranks import adapters_of
 from stackwise_jax.curriculum.levels import depth_noise, noise_cut
@@ -57,6 +59,7 @@ def complete_plan(config: StackWiseConfig, shape: RackShape, past: Past) -> Plan
         )
     if not past.passed:
         past.existing |= plan.start
+    names: set[str] = set()
     for i, bare in enumerate(plan.phases):
         changes = _own_settings(i, plan, kind, config) if "stages" in kind.keys else {}
         changes |= _settings_by_past(bare, config, len(plan.stack_sizes), frozen, past)
@@ -74,7 +77,8 @@ def complete_plan(config: StackWiseConfig, shape: RackShape, past: Past) -> Plan
                 f"{where}.init is {curriculum.phases[i].init}, and no stack joins others here: the first ones begin at "
                 "random; leave it out, or write it in the phase whose path brings new stacks"
             )
-        _check_phase(phase, phases, shape, where)
+        _check_phase(phase, names, shape, where)
+        names.add(phase.name)
         past.note(phase)
         phases.append(phase)
     if curriculum.consistency and not any(phase.consistency for phase in phases):
@@ -118,10 +122,20 @@ def _own_settings(i: int, plan: Plan, kind: Kind, config: StackWiseConfig) -> di
     if noise is not None:
         changes["noise"] = noise
     if curriculum.steps_growth != 1 and stage.steps is None:
-        changes["steps"] = max(1, round(bare.steps * curriculum.steps_growth**i))
+        changes["steps"] = _grown(bare.steps, curriculum.steps_growth, i)
     changes["train_embed"] = _now(curriculum.train_embed, i, last, bare.train_embed)
     changes["train_head"] = _now(curriculum.train_head, i, last, bare.train_head)
     return changes
+
+
+def _grown(steps: int, growth: float, i: int) -> int:
+    """The steps of phase i where each has `growth` times those of the one before."""
+    if math.log(steps) + i * math.log(growth) > math.log(PHASE_STEPS):
+        raise UsageError(
+            f"curriculum.steps_growth is {growth:g} and gives phase {i} more than {PHASE_STEPS} steps; write a number "
+            "nearer to 1"
+        )
+    return max(1, round(steps * growth**i))
 
 
 def _noise(i: int, plan: Plan, kind: Kind, config: StackWiseConfig, stage: StageConfig) -> Noise | None:
@@ -210,9 +224,9 @@ def _replaced(phase: Phase, changes: dict[str, Any], where: str) -> Phase:
         raise UsageError(str(error) if where in str(error) else f"{where}: {error}") from None
 
 
-def _check_phase(phase: Phase, earlier: list[Phase], shape: RackShape, where: str) -> None:
-    """Refuse what a phase alone does not know: the names of the others and what the rack ties together."""
-    if phase.name in [other.name for other in earlier]:
+def _check_phase(phase: Phase, names: set[str], shape: RackShape, where: str) -> None:
+    """Refuse what a phase alone does not know: the names of the earlier ones and what the rack ties together."""
+    if phase.name in names:
         raise UsageError(f"{where}.name is '{phase.name}' as in an earlier phase; write another name")
     if shape.tied and phase.train_head and not phase.train_embed:
         # A tied head is the embedding: training it would change the input of a prefix that is taken as fixed.

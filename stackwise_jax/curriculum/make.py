@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from stackwise_jax.config.bounds import COUNTER, PHASES
 from stackwise_jax.config.checks import parse_budget
 from stackwise_jax.config.schema import AdaptersConfig, CurriculumConfig, PlanConfig, StackWiseConfig
+from stackwise_jax.config.values import shown
 from stackwise_jax.curriculum.budget import scale_steps
 from stackwise_jax.curriculum.complete import Past, complete_plan
 from stackwise_jax.curriculum.phase import Phase
-from stackwise_jax.curriculum.plans import PLANS, config_shape
+from stackwise_jax.curriculum.plans import EVERY_PLAN, PLANS, config_shape
 from stackwise_jax.curriculum.shape import Plan, RackShape
 from stackwise_jax.errors import UsageError
-
-_EVERY_PLAN = {"plan", "steps", "frozen", "frozen_stacks"}
 
 
 def make_plan(config: StackWiseConfig, shape: RackShape | None = None) -> Plan:
@@ -41,7 +41,13 @@ def make_plan(config: StackWiseConfig, shape: RackShape | None = None) -> Plan:
         own = [dataclasses.replace(p, name=f"{i} {p.name}") if p.name in names else p for p in plan.phases]
         names |= {phase.name for phase in own}
         made.append(dataclasses.replace(plan, phases=tuple(own)))
-    return Plan(made[0].stack_sizes, _within_budget(config, shape, made), made[0].start)
+        if (count := sum(len(plan.phases) for plan in made)) > PHASES:
+            raise UsageError(f"curriculum.plans[{i}] makes {count:,} phases in all; write at most {PHASES:,}")
+    phases = _within_budget(config, shape, made)
+    if (total := sum(phase.steps for phase in phases)) > COUNTER:
+        key = "steps" if config.curriculum.budget is None else "budget"
+        raise UsageError(f"curriculum.{key} comes to {shown(total)} steps in all; write at most {COUNTER} for a run")
+    return Plan(made[0].stack_sizes, phases, made[0].start)
 
 
 def _entries(config: StackWiseConfig) -> list[StackWiseConfig]:
@@ -81,7 +87,7 @@ def _refuse_overlap(config: StackWiseConfig, entries: list[StackWiseConfig]) -> 
 
 def _refuse_unused(curriculum: CurriculumConfig, where: str) -> None:
     """Refuse keys that mean nothing for the plan."""
-    used = PLANS[curriculum.plan].keys | _EVERY_PLAN
+    used = PLANS[curriculum.plan].keys | EVERY_PLAN
     for key in _differing(curriculum, PlanConfig()):
         if key not in used:
             plans = ", ".join(name for name, kind in PLANS.items() if key in kind.keys)

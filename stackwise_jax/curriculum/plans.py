@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+from stackwise_jax.config.bounds import PASSES, PHASES
 from stackwise_jax.config.schema import PhaseConfig, StackWiseConfig
 from stackwise_jax.curriculum.adapter_ranks import adapters_of
 from stackwise_jax.curriculum.phase import Phase
@@ -138,7 +139,10 @@ def cycle(shape: RackShape, config: StackWiseConfig) -> Plan:
     Optimizer state waits for the next turn, and the head's goes on from turn to turn.
     """
     stacks, rounds = tuple(range(len(shape.block_counts))), config.curriculum.rounds
-    first = _learnable(shape)[0]
+    first, turns = _learnable(shape)[0], _stages(shape.learnable, config)
+    most = min(PHASES, PASSES // len(stacks)) // len(turns)
+    if rounds > most:
+        raise UsageError(f"curriculum.rounds is {rounds}, with {len(turns)} phases each; write at most {most}")
     phases = tuple(
         _phase(
             config,
@@ -150,7 +154,7 @@ def cycle(shape: RackShape, config: StackWiseConfig) -> Plan:
             keep_optimizer=True,
         )
         for turn in range(rounds)
-        for new, _ in _stages(shape.learnable, config)
+        for new, _ in turns
     )
     return Plan(shape.block_counts, phases, frozenset(stacks))
 
@@ -235,6 +239,7 @@ class Kind:
     noise: Literal["whole", "stage", "cut"] = "whole"
 
 
+EVERY_PLAN = frozenset({"plan", "steps", "frozen", "frozen_stacks"})  # keys of PlanConfig that count for each of them
 _ONE = frozenset({"stages", "train_embed", "train_head", "optimizer_state"})
 _MANY = _ONE | {"steps_growth", "decay"}
 _STAGED = _MANY | {"stacks_per_stage", "overlap", "trunk", "adapters"}
@@ -310,6 +315,11 @@ def _learnable(shape: RackShape) -> tuple[int, ...]:
 def _stages(order: Sequence[int], config: StackWiseConfig) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Stacks in the order of their stages, as (new stacks, learning stacks); both in that order."""
     sizes, stages, done = config.curriculum.stacks_per_stage, [], 0
+    if len(order) ** 2 // sizes[-1] > PASSES:
+        raise UsageError(
+            f"model.architecture.n_stacks is {len(order)}, and as many phases would pass {len(order) ** 2:,} stacks in "
+            "all; write fewer stacks of more blocks, or larger curriculum.stacks_per_stage"
+        )
     while done < len(order):
         size = sizes[min(len(stages), len(sizes) - 1)]
         new = tuple(order[done : done + size])

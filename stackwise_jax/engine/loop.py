@@ -18,7 +18,7 @@ import numpy as np
 
 from stackwise_jax.curriculum.phase import Phase
 from stackwise_jax.data import Loader
-from stackwise_jax.engine.optimizer import learning_rates
+from stackwise_jax.engine.optimizer import learning_rate
 from stackwise_jax.engine.prefix import FIXED_VISIT, Prefix, PrefixCache, put_examples
 from stackwise_jax.engine.step import StepData
 from stackwise_jax.memory import Placement
@@ -41,7 +41,6 @@ class Feed:
         """loader: a fixed stream where there is a cache. cache None: the prefix (if any) is recomputed. offset: where
         in the stream the phase's step 0 stands."""
         self._phase, self._prefix, self._placement = phase, prefix, placement
-        self.rates = learning_rates(phase.optimizer, phase.steps)
         self._start, self._offset = start, offset
         self._stream = loader.iterate(offset + start)
         self._hidden: Any = None  # iterator over the cached chunks
@@ -55,13 +54,17 @@ class Feed:
             examples: Examples = put_examples(self._placement, next(self._stream))
             # Fresh corruption differs each time an example is met: the stream position is its number.
             visit = FIXED_VISIT if self._fixed else 1 + self._offset + step
-            lr, visit = put((self.rates[step], np.int32(visit)), whole)
+            lr, visit = put((self.rate(step), np.int32(visit)), whole)
             hidden_BTD = None
             if self._hidden is not None:
                 hidden_BTD = next(self._hidden)
             elif self._phase.prefix:
                 hidden_BTD = self._prefix(examples, visit)
             yield StepData(examples, hidden_BTD, lr, visit)
+
+    def rate(self, step: int) -> np.float32:
+        """The learning rate of a step of the phase."""
+        return learning_rate(self._phase.optimizer, self._phase.steps, step)
 
     def close(self) -> None:
         """End the threads that read ahead."""

@@ -1,6 +1,6 @@
-"""Optimizers and learning-rate schedules, all from optax.
+"""Optimizers, made of optax's parts, and learning-rate schedules.
 
-The learning rate is not part of the optimizer: it is computed on the host once per phase and multiplies the update
+The learning rate is not part of the optimizer: it is computed on the host for each step and multiplies the update
 inside the step as a traced scalar, so that phases of unlike length or rate share one compiled step.
 """
 
@@ -242,25 +242,36 @@ def _spread(tops: jax.Array, shape: tuple[int, ...], rows: int) -> jax.Array:
     return flat.reshape(shape)
 
 
-def learning_rates(cfg: OptimizerConfig, steps: int) -> np.ndarray:
-    """The learning rate of each step of a phase, float32 (steps,).
+def learning_rate(cfg: OptimizerConfig, steps: int, step: int) -> np.float32:
+    """The learning rate of one step of a phase of so many steps.
 
     constant: warm-up, then lr. cosine and linear: warm-up, then down to final_lr * lr. wsd: warm-up, stable, and over
     the last `decay` share of the phase down linearly (Hu et al. 2024, MiniCPM).
     """
     warmup = round(cfg.warmup * steps)
-    end, rest = cfg.lr * cfg.final_lr, max(steps - warmup, 1)
+    after, rest = max(step - warmup, 0), max(steps - warmup, 1)
     if cfg.schedule == "constant":
-        body = optax.constant_schedule(cfg.lr)
+        rate = np.float32(cfg.lr)
     elif cfg.schedule == "cosine":
-        body = optax.cosine_decay_schedule(cfg.lr, rest, alpha=cfg.final_lr)
-    elif cfg.schedule == "linear":
-        body = optax.linear_schedule(cfg.lr, end, rest)
+        angle = _share(np.float32(np.pi) * np.float32(min(after, rest)), rest)
+        half = np.float32(0.5) * (np.float32(1) + _cosine(angle))
+        rate = np.float32(cfg.lr) * (np.float32(1 - cfg.final_lr) * half + np.float32(cfg.final_lr))
     else:
-        down = round(cfg.decay * steps)
-        body = optax.linear_schedule(cfg.lr, end, max(down, 1), transition_begin=max(rest - down, 0))
+        down = rest if cfg.schedule == "linear" else max(round(cfg.decay * steps), 1)
+        left = np.float32(1) - _share(np.float32(min(max(after - max(rest - down, 0), 0), down)), down)
+        end = cfg.lr * cfg.final_lr
+        rate = np.float32(cfg.lr - end) * left + np.float32(end)
     # The warm-up is shifted by one so that the first step already moves.
-    step = np.arange(steps)
-    ramp = np.minimum((step + 1) / max(warmup, 1), 1.0) if warmup else np.ones(steps)
-    after = np.asarray(jax.vmap(body)(np.maximum(step - warmup, 0)), np.float64)
-    return (ramp * after).astype(np.float32)
+    ramp = min((step + 1) / warmup, 1.0) if warmup else 1.0
+    return np.float32(ramp * float(rate))
+
+
+def _share(part: np.float32, whole: int) -> np.float32:
+    """part / whole, rounded as XLA rounds it: it multiplies by the reciprocal."""
+    return part * (np.float32(1) / np.float32(whole))
+
+
+def _cosine(angle: np.float32) -> np.float32:
+    """The cosine in float32 as XLA computes it on the CPU, the same beside any accelerator."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.transfer_guard("allow"):
+        return np.float32(jnp.cos(angle))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Callable, Sequence
 
+from stackwise_jax.curriculum import Phase
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.weights import EMBED, HEAD, final_format, learning_items, path_items, stack_item
 from stackwise_jax.memory.budget import Part
@@ -25,6 +27,11 @@ class Disk:
         start = [EMBED, HEAD, *map(stack_item, setup.plan.start)]
         self._held = {item: item_bytes(item, master) for item in start}
         self._moments: dict[str, int] = {}
+        self._learns: dict[str, list[int]] = {}  # item -> the phases in which it learns, in order
+        for i, phase in enumerate(self._phases):
+            for item in learning_items(phase):
+                self._learns.setdefault(item, []).append(i)
+        self._other_path = _next_with_another_path(self._phases)
         self._depths: list[int] = []  # bytes that only a depth as it ended needs, newest last
 
     def during(self, index: int) -> dict[str, Part]:
@@ -55,9 +62,8 @@ class Disk:
     def _superseded(self, index: int, learning: list[str]) -> int:
         """Bytes of what the phase leaves and a later one with another path trains on, as a head learns at every
         depth: the version of this depth stays."""
-        path = self._phases[index].path
-        later = next((p for p in self._phases[index + 1 :] if p.path != path), None)
-        again = set() if later is None else set(learning_items(later))
+        later = self._other_path[index]
+        again = set() if later is None else set(learning_items(self._phases[later]))
         return sum(self._item_bytes(item, self._master) for item in learning if item in again)
 
     def _settle(self, index: int, learning: list[str]) -> None:
@@ -72,4 +78,14 @@ class Disk:
 
     def _goes_on(self, item: str, index: int) -> bool:
         """Whether the next phase in which an item learns goes on with its optimizer state."""
-        return next((p.keep_optimizer for p in self._phases[index + 1 :] if item in learning_items(p)), False)
+        learns = self._learns.get(item, [])
+        place = bisect.bisect_right(learns, index)
+        return place < len(learns) and self._phases[learns[place]].keep_optimizer
+
+
+def _next_with_another_path(phases: Sequence[Phase]) -> list[int | None]:
+    """For each phase the first later one with another path; None: there is none."""
+    found: list[int | None] = [None] * len(phases)
+    for i in range(len(phases) - 2, -1, -1):
+        found[i] = i + 1 if phases[i + 1].path != phases[i].path else found[i + 1]
+    return found

@@ -146,6 +146,8 @@ class _Planner:
         self._before: Phase | None = None  # the last phase, if it was cached
         self._steps: dict[Any, tuple[Parts, Parts]] = {}
         self._bytes: dict[Any, int] = {}
+        self._device: dict[Any, Parts] = {}
+        self._counts: dict[Any, tuple[int, int]] = {}
         self._disk = Disk(setup, self._weights.master, self._item, self._state)
         # Where weights that are not at work rest; a prefix that is cached leaves the device in any case.
         self._away = "host" if self._memory.offload == "none" else self._memory.offload_to
@@ -163,7 +165,13 @@ class _Planner:
         streamed = streams(self._memory, phase)
         step, away = self._step(phase, streamed)
         chunk = self._cache.chunk_bytes(self._loader, task)
-        device = largest([self._training(phase, step, choice, chunk), *self._others(phase, choice, chunk)])
+        alike = dataclasses.replace(phase, name="", steps=1, keep_optimizer=False), choice.use
+        if alike not in self._device:
+            self._device[alike] = largest(
+                [self._training(phase, step, choice, chunk), *self._others(phase, choice, chunk)]
+            )
+            self._counts[alike] = trainable_and_frozen(setup.rack, phase)
+        device = self._device[alike]
         if self._machine.device.reserve:
             device = device | {"runtime": estimated(self._machine.device.reserve)}
         host, disk = self._host_and_disk(index, phase, choice, chunk, away)
@@ -178,7 +186,7 @@ class _Planner:
         if streamed and not setup.rack.stacks[0].remat:  # stacks are computed again on the way back
             dims = dataclasses.replace(step_dims(setup.rack, phase, setup.config.data), remat=True)
             flops += phase.steps * step_flops(dims)["recompute"]
-        trainable, not_trained = trainable_and_frozen(setup.rack, phase)
+        trainable, not_trained = self._counts[alike]
         seconds = self._seconds(phase, flops, choice, chunk, streamed)
         name = "streamed" if streamed else "resident"
         found = shortfalls(demand, self._machine)

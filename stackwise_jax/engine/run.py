@@ -305,7 +305,7 @@ class Run:
         bad_steps = int(metrics.pop("bad_steps"))
         self.recorder.global_step = done = self.recorder.global_step + 1
         row: dict[str, Any] = {"phase": phase.name, "step": step, "global_step": done, **metrics}
-        row |= {"lr": float(work.feed.rates[step]), "skipped": work.skipped}
+        row |= {"lr": float(work.feed.rate(step)), "skipped": work.skipped}
         if step % run.log_every == 0 or step == phase.steps - 1 or not finite:
             self._log(row)
             work.history.append([done, metrics["loss"] if finite else None])

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -65,6 +65,12 @@ def run_command(
             raise
         print(sentence if code == INTERRUPTED else f"error: {sentence}", file=sys.stderr)
         return code
+
+
+def print_notes(lines: Iterable[str]) -> None:
+    """Print what the user should know of what was asked for, a line each, on stderr."""
+    for line in lines:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def print_json(answer: Mapping[str, Any]) -> None:
