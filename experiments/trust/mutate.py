@@ -5,7 +5,8 @@
 Works in a copy of the repository, never in the checkout. A line of --out is one change: killed (a test failed),
 survived, or timeout. Run again with the same --out it goes on where it stopped. For each change it takes the quick
 tests of the module: test files named after it, those that import it, and those that import what imports it, as many
-as take --seconds together. A survivor is a hole in the tests, or a change that makes no difference: somebody has to look.
+as take --seconds together. A survivor is a hole in the tests, or a change that makes no difference: somebody has to
+look.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from stackwise_jax.engine.window import Window
 from stackwise_jax.memory import Placement
 from stackwise_jax.model import dtype_of
 from stackwise_jax.objectives import Examples
+from stackwise_jax.random_streams import root_key
 
 Tree = Any
 
@@ -71,7 +72,7 @@ def abstract_step(
     examples = Examples(batch(n, t), batch(n, t), batch(n, t), batch(n))
     hidden = batch(n, t, setup.rack.d_model, dtype=dtype_of(setup.rack.compute_dtype)) if phase.prefix else None
     data = StepData(examples, hidden, scalar(jnp.float32), scalar(jnp.int32))
-    key = scalar(jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    key = scalar(jax.eval_shape(lambda: root_key(0)).dtype)
     table = jax.ShapeDtypeStruct((setup.tokenizer.vocab_size,), jnp.float32, sharding=placement.replicated)
     keys = dict.fromkeys(("corruption_key", "dropout_key", "rounding_key"), key)
     return state, frozen, data, keys | {"token_bytes_V": table}

@@ -18,6 +18,7 @@ from stackwise_jax.engine.programs import bare, embed_examples, loss_sums, run_s
 from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.model import Stack
 from stackwise_jax.objectives import Examples
+from stackwise_jax.random_streams import root_key
 
 Tree = Any
 GROUP = 8  # batches that pass the stacks together
@@ -66,7 +67,7 @@ def held_out(
         loss (nats per token), perplexity, bits_per_byte, accuracy, tokens.
     """
     placement = task.placement
-    key = placement.put(jax.random.key(HELD_OUT_SEED), placement.replicated)
+    key = placement.put(root_key(HELD_OUT_SEED), placement.replicated)
     visit = placement.put(np.int32(draw), placement.replicated)
     totals: dict[str, float] = {}
     batches = iter(batches)

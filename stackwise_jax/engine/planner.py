@@ -39,6 +39,7 @@ from stackwise_jax.engine.weights import EMBED, HEAD, Weights, adapter_item, ite
 from stackwise_jax.memory import CacheChoice, step_flops
 from stackwise_jax.memory.budget import PLACES, Demand, Machine, Part, Shortfall, peak, shortfalls
 from stackwise_jax.memory.devices import EFFICIENCY, same_disk
+from stackwise_jax.random_streams import root_key
 
 HOST_RUNTIME = {True: 8e8, False: 3e9}  # bytes of the process itself, on a CPU and beside a GPU; a rough figure
 CHUNKS_UNDERWAY = 2  # of the cache, on the device beside the one in use and the one being written
@@ -139,8 +140,8 @@ class _Planner:
     def __init__(self, setup: Setup, machine: Machine, programs: StepPrograms | None):
         self._setup, self._machine, self._programs = setup, machine, programs
         self._memory = setup.config.memory
-        root_key: Any = jax.eval_shape(lambda: jax.random.key(0))
-        self._weights = Weights(setup.rack, setup.placement, None, root_key)
+        root: Any = jax.eval_shape(lambda: root_key(0))
+        self._weights = Weights(setup.rack, setup.placement, None, root)
         self._loader = setup.loader()
         self._cache = PrefixCache(setup.config.cache, setup.placement, setup.run_dir)
         self._before: Phase | None = None  # the last phase, if it was cached

@@ -36,6 +36,7 @@ from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, path_items, stack_item
 from stackwise_jax.errors import RunError
 from stackwise_jax.memory import Scratch, peak_device_bytes, peak_host_bytes
+from stackwise_jax.random_streams import root_key
 
 Tree = Any
 HISTORY = 64  # points of the loss history kept with each item
@@ -125,8 +126,8 @@ class Run:
         by_first_process(lay_down)
         self.recorder = Recorder(run_dir, self.config.run.keep, directory.fingerprints(setup))
         self.recorder.store.lock()  # before anything is cut back or written
-        root_key = self.placement.put(jax.random.key(self.config.run.seed), self.placement.replicated)
-        self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root_key)
+        root = self.placement.put(root_key(self.config.run.seed), self.placement.replicated)
+        self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root)
         self.weights.scratch = self.scratch
         progress = self.recorder.store.latest() or self._begin()
         directory.check_unchanged(run_dir, progress, directory.fingerprints(setup))
