@@ -7,18 +7,29 @@ before the learning tree says which quantity it is (a moment, say), the part beh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from stackwise_jax.engine.weights import EMBED, HEAD, stack_item
+from stackwise_jax.curriculum import Phase
+from stackwise_jax.engine.weights import EMBED, HEAD, learning_items, stack_item
 from stackwise_jax.engine.window import Layout
 
 Tree = Any
 State = dict[str, jax.Array]  # of one item: its leaves by name
 SHARED = "shared"
+
+
+def keeps_state(phase: Phase, item: str) -> bool:
+    """Whether an item that learns in a phase begins with the optimizer state it has; adapters do not after a merge."""
+    return phase.keep_optimizer and not (phase.merge_adapters and item.startswith("adapters/"))
+
+
+def state_goes_on(phases: Sequence[Phase], index: int, item: str) -> bool:
+    """Whether the next phase after phases[index] in which an item learns keeps the item's optimizer state."""
+    return next((keeps_state(later, item) for later in phases[index + 1 :] if item in learning_items(later)), False)
 
 
 def item_state(opt: Tree, layout: Layout, item: str) -> State:

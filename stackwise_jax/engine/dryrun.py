@@ -14,7 +14,7 @@ from stackwise_jax.engine.optimizer import make_optimizer
 from stackwise_jax.engine.resident import split_phase
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.step import StepData, StepSpec, TrainState
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, item_format, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, frozen_format, item_format, stack_item
 from stackwise_jax.engine.window import Window
 from stackwise_jax.memory import Placement
 from stackwise_jax.model import dtype_of
@@ -32,10 +32,12 @@ def advanced_stacks(before: Phase | None, phase: Phase, loader: Loader) -> int |
 
     def content(p: Phase) -> tuple:
         batches = {loader.batch_id(i) for i in range(p.steps)}
-        formats = [p.frozen, *map(p.format_of, p.prefix[:n])]
-        return p.objective, p.noise, p.attention_mode, p.seed, batches, p.prefix[:n], formats
+        formats = [frozen_format(p, EMBED), *map(p.format_of, p.prefix[:n])]
+        adapters = {adapter for adapter in p.adapters if adapter.stack in p.prefix[:n]}
+        return p.objective, p.noise, p.attention_mode, p.seed, batches, p.prefix[:n], formats, adapters
 
-    return len(phase.prefix) - n if content(before) == content(phase) else None
+    merged = phase.merge_adapters and any(adapter.stack in phase.prefix[:n] for adapter in before.adapters)
+    return len(phase.prefix) - n if not merged and content(before) == content(phase) else None
 
 
 def placed(placement: Placement, tree: Tree) -> Tree:

@@ -24,7 +24,7 @@ from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
 from stackwise_jax.engine.border import hand_over, keep_moments, open_phase, reference_embedding
 from stackwise_jax.engine.events import NullReporter, Reporter, StopFlag
-from stackwise_jax.engine.executor import Executor, make_executor
+from stackwise_jax.engine.executor import Executor, make_executor, streams
 from stackwise_jax.engine.heldout import held_out, held_out_batches
 from stackwise_jax.engine.loop import Feed, run_phase
 from stackwise_jax.engine.prefix import Prefix, PrefixCache
@@ -369,6 +369,7 @@ class Run:
         self._report_held_out(work, phase.steps, loss)
         self.recorder.save_learned(changed, self._meta(work, phase.steps))
         tokens = phase.steps * self.loader.batch_size * self.config.data.seq_len
+        prefix = {"cached_batches": work.cached_batches, "advanced_stacks": work.advanced_stacks}
         result = {
             "index": work.index,
             "name": phase.name,
@@ -379,7 +380,7 @@ class Run:
             "frozen_params": work.not_trained,
             "tokens": tokens,
             "flops": phase_flops_of(
-                rack, phase, self.config.data, cached_batches=work.cached_batches, advanced_stacks=work.advanced_stacks
+                rack, phase, self.config.data, streamed=streams(self.config.memory, phase), **prefix
             ),
             "seconds": work.seconds,
             "skipped_steps": work.skipped,
