@@ -53,15 +53,18 @@ def imported(path: Path) -> set[str]:
 
 
 class Tests:
-    """Which test files belong to a module, and how long each takes where nothing is changed."""
+    """Which test files belong to a module, and how long each takes where nothing is changed.
 
-    def __init__(self, copy: Path, seconds: float, limit: float):
-        self._copy, self._seconds, self._limit = copy, seconds, limit
+    took: a JSON file that remembers the seconds of each test file, null for one that fails or is too slow.
+    """
+
+    def __init__(self, copy: Path, seconds: float, limit: float, took: Path):
+        self._copy, self._seconds, self._limit, self._file = copy, seconds, limit, took
         self._imports = {path: imported(path) for path in (copy / "tests").glob("test_*.py")}
         self._package = {
             module_name(str(path.relative_to(copy))): imported(path) for path in (copy / PACKAGE).rglob("*.py")
         }
-        self._took: dict[str, float | None] = {}  # seconds of a test file; None: it fails or is too slow
+        self._took: dict[str, float | None] = json.loads(took.read_text()) if took.exists() else {}
 
     def of(self, module: str) -> list[str]:
         """The test files of a module, quick ones first, that take `seconds` together."""
@@ -100,6 +103,7 @@ class Tests:
             code = run_tests(self._copy, [path], self._limit)
             took = time.perf_counter() - start
             self._took[path] = took if code == 0 else None
+            self._file.write_text(json.dumps(self._took, indent=1))
             print(
                 f"  unchanged {path}: {took:.0f} s{'' if code == 0 else f', left out (exit code {code})'}", flush=True
             )
@@ -172,7 +176,7 @@ def main() -> int:
         for name in COPIED:
             copier = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copier(ROOT / name, copy / name)
-        tests = Tests(copy, args.seconds, args.limit)
+        tests = Tests(copy, args.seconds, args.limit, args.out.with_suffix(".seconds.json"))
         for path, change in candidates(copy, args.module, args.seed):
             if len(done) >= args.n:
                 break
