@@ -127,8 +127,8 @@ def test_what_is_infinitely_likely_comes_out(temperature):
 @pytest.mark.parametrize("temperature", [0.0, 1e-38, 1.0, 1e38])
 @pytest.mark.parametrize("row", [[1.0, np.nan, 2.0, 0.0], [np.nan] * 4, [-np.inf] * 4])
 def test_logits_that_are_no_numbers_give_no_id(row, temperature):
-    allowed_V = np.array([False, True, True, True])
-    logits_NV = jnp.asarray([row, [1.0, 2.0, 3.0, 4.0]])
+    allowed_V = np.array([False, True, True, True] + [True] * 300)
+    logits_NV = jnp.asarray([row + [-np.inf] * 300, [1.0, 2.0, 3.0, 4.0] + [0.0] * 300])
     for filters in (Filters(temperature), Filters(temperature, 2, 0.5)):
         ids_N = np.asarray(sample_ids(jax.random.key(0), logits_NV, allowed_V, filters))
         assert ids_N[0] == NO_ID and allowed_V[ids_N[1]]

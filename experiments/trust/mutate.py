@@ -4,9 +4,8 @@
 
 Works in a copy of the repository, never in the checkout. A line of --out is one change: killed (a test failed),
 survived, or timeout. Run again with the same --out it goes on where it stopped. For each change it takes the quick
-tests of the module: test files named after it, those that import it, and those that import what imports it, as many
-as take --seconds together. A survivor is a hole in the tests, or a change that makes no difference: somebody has to
-look.
+tests of the first --files test files: those named after the module, those that import it, and those that import what
+imports it. A survivor is a hole in the tests, or a change that makes no difference: somebody has to look.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import fnmatch
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +24,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,78 +55,79 @@ def imported(path: Path) -> set[str]:
 
 
 class Tests:
-    """Which test files belong to a module, and how long each takes where nothing is changed.
+    """Which test files belong to a module, and what they say of a changed copy."""
 
-    took: a JSON file that remembers the seconds of each test file, null for one that fails or is too slow.
-    """
-
-    def __init__(self, copy: Path, seconds: float, limit: float, took: Path):
-        self._copy, self._seconds, self._limit, self._file = copy, seconds, limit, took
+    def __init__(self, copy: Path, files: int, limit: float):
+        self._copy, self._files, self._limit = copy, files, limit
         self._imports = {path: imported(path) for path in (copy / "tests").glob("test_*.py")}
         self._package = {
             module_name(str(path.relative_to(copy))): imported(path) for path in (copy / PACKAGE).rglob("*.py")
         }
-        self._took: dict[str, float | None] = json.loads(took.read_text()) if took.exists() else {}
+        self._passes: dict[str, bool] = {}  # whether a test passes where nothing is changed
 
     def of(self, module: str) -> list[str]:
-        """The test files of a module, quick ones first, that take `seconds` together."""
-        chosen, total = [], 0.0
-        for path in self._ranked(module):
-            took = self._baseline(path)
-            if took is not None and (not chosen or total + took <= self._seconds):
-                chosen.append((took, path))
-                total += took
-            if total > 0.8 * self._seconds:
-                break
-        return [path for _, path in sorted(chosen)]
-
-    def _ranked(self, module: str) -> list[str]:
-        """Named after the module, after its folder; importing it, or what imports it."""
+        """Test files named after the module or importing it, then those that import what imports it."""
         name = module.removeprefix(f"{PACKAGE}.")
-        full, folder = name.replace(".", "_"), name.split(".")[0]
+        folder, last = name.split(".")[0], name.split(".")[-1]
         users = {user for user, names in self._package.items() if module in names}
 
-        def rank(path: Path) -> tuple[int, int]:
+        def rank(path: Path) -> int:
             names = self._imports[path]
-            if path.stem.startswith(f"test_{full}") or path.stem.startswith(f"test_{name.split('.')[-1]}"):
-                return 0, path.stat().st_size
-            if module in names:
-                return 1, path.stat().st_size
-            if names & users and path.stem.startswith(f"test_{folder}"):
-                return 2, path.stat().st_size
-            return (3 if names & users else 9), path.stat().st_size
+            if path.stem.startswith((f"test_{name.replace('.', '_')}", f"test_{folder}_{last}", f"test_{last}")):
+                return 0
+            if module in names or any(user.startswith(module + ".") for user in names):
+                return 1
+            if names & users:
+                return 2 if path.stem.startswith(f"test_{folder}") else 3
+            return 9
 
-        ranked = sorted(self._imports, key=rank)
-        return [f"tests/{path.name}" for path in ranked if rank(path)[0] < 9]
+        ranked = sorted((rank(path), path.stat().st_size, path) for path in self._imports)
+        return [f"tests/{path.name}" for place, _, path in ranked if place < 9][: self._files]
 
-    def _baseline(self, path: str) -> float | None:
-        if path not in self._took:
-            start = time.perf_counter()
-            code = run_tests(self._copy, [path], self._limit)
-            took = time.perf_counter() - start
-            self._took[path] = took if code == 0 else None
-            self._file.write_text(json.dumps(self._took, indent=1))
-            print(
-                f"  unchanged {path}: {took:.0f} s{'' if code == 0 else f', left out (exit code {code})'}", flush=True
-            )
-        return self._took[path]
+    def result(self, files: list[str], change: Callable[[], AbstractContextManager]) -> dict[str, Any]:
+        """killed, with the test that failed; survived; or timeout where no file came to its end.
 
+        change: a context in which the copy is changed. A test that fails without the change too is left out.
+        """
+        slow = []
+        for file in files:
+            while True:
+                with change():
+                    failed = self._failed([file])
+                if failed == "timeout":
+                    slow.append(file)
+                elif failed is not None and self._passes_unchanged(failed):
+                    return {"result": "killed", "by": failed}
+                if failed in (None, "timeout"):
+                    break
+        return {"result": "timeout" if files and slow == files else "survived", "tests": files, "slow": slow}
 
-def run_tests(copy: Path, files: list[str], limit: float) -> int | None:
-    """The exit code of pytest in the copy; None: it took too long."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files]
-    # No bytecode: that of a changed file of equal size and second would be taken for the unchanged one's.
-    env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(
-        command, cwd=copy, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
-        try:
-            return process.wait(limit)
-        except BaseException as error:  # Ctrl-C too leaves no process behind
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                return None
-            raise
+    def _passes_unchanged(self, test: str) -> bool:
+        if test not in self._passes:
+            self._passes[test] = self._failed([test]) is None
+        return self._passes[test]
+
+    def _failed(self, tests: list[str]) -> str | None:
+        """The first test that fails, "timeout", or None."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-m", "not slow", "-p", "no:cacheprovider"]
+        command += [f"--deselect={test}" for test, passes in self._passes.items() if not passes]
+        # No bytecode: that of a changed file of equal size and second would be taken for the unchanged one's.
+        env = os.environ | {"PYTHONPATH": str(self._copy), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu"}
+        with subprocess.Popen(
+            [*command, *tests], cwd=self._copy, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                output, _ = process.communicate(timeout=self._limit)
+            except BaseException as error:  # Ctrl-C too leaves no process behind
+                os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    return "timeout"
+                raise
+        if process.returncode in (0, 5):  # 5: every test of the file is slow
+            return None
+        found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+        return found[1] if found else tests[0]
 
 
 def candidates(copy: Path, pattern: str, seed: int) -> Iterator[tuple[str, Mutation]]:
@@ -137,21 +140,15 @@ def candidates(copy: Path, pattern: str, seed: int) -> Iterator[tuple[str, Mutat
     yield from all_of_them
 
 
-def try_one(copy: Path, path: str, change: Mutation, files: list[str], limit: float) -> dict[str, Any]:
-    """Apply a change, run the tests, and take it back."""
-    source = (copy / path).read_bytes()
-    changed = change.apply(source)
-    start = time.perf_counter()
+@contextmanager
+def changed(path: Path, change: Mutation) -> Iterator[None]:
+    """A file with the change in it, for a while."""
+    source = path.read_bytes()
     try:
-        compile(changed, path, "exec")
-        (copy / path).write_bytes(changed)
-        code = run_tests(copy, files, limit)
-    except SyntaxError:
-        code = 1
+        path.write_bytes(change.apply(source))
+        yield
     finally:
-        (copy / path).write_bytes(source)
-    result = "timeout" if code is None else "survived" if code == 0 else "killed"
-    return {"result": result, "seconds": round(time.perf_counter() - start, 1)}
+        path.write_bytes(source)
 
 
 def key_of(path: str, change: Mutation) -> str:
@@ -166,8 +163,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", default="*", help="a pattern of paths within the package, such as 'engine/*'")
     parser.add_argument("--tests", nargs="*", help="these test files instead of those of each module")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of tests for each change")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run of tests is given up")
+    parser.add_argument("--files", type=int, default=4, help="test files for each change")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a test file is given up")
     args = parser.parse_args()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     known = {entry["key"] for entry in done}
@@ -176,15 +173,17 @@ def main() -> int:
         for name in COPIED:
             copier = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copier(ROOT / name, copy / name)
-        tests = Tests(copy, args.seconds, args.limit, args.out.with_suffix(".seconds.json"))
+        tests = Tests(copy, args.files, args.limit)
         for path, change in candidates(copy, args.module, args.seed):
             if len(done) >= args.n:
                 break
             if (key := key_of(path, change)) in known:
                 continue
+            start = time.perf_counter()
             files = args.tests or tests.of(module_name(path))
-            found = try_one(copy, path, change, files, args.limit) if files else {"result": "survived", "seconds": 0}
-            done.append({"key": key, "module": path, **found, "tests": files})
+            found = tests.result(files, partial(changed, copy / path, change))
+            found["seconds"] = round(time.perf_counter() - start, 1)
+            done.append({"key": key, **found})
             with args.out.open("a") as out:
                 out.write(json.dumps(done[-1]) + "\n")
             print(f"{len(done)}/{args.n} {found['result']:9} {found['seconds']:6.1f} s  {key}", flush=True)

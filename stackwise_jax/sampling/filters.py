@@ -72,7 +72,8 @@ def filter_logits(logits_NV: jax.Array, allowed_V: jax.Array | np.ndarray, filte
     """
     logits_NV = jnp.where(allowed_V, logits_NV.astype(jnp.float32), -jnp.inf)
     best_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
-    possible_NV = allowed_V & (best_N1 > -jnp.inf)  # False where the best is NaN
+    # A maximum may pass over a NaN.
+    possible_NV = allowed_V & (best_N1 > -jnp.inf) & ~jnp.isnan(logits_NV).any(axis=-1, keepdims=True)
     if filters.temperature < COLDEST:
         first_N = jnp.argmax(logits_NV, axis=-1)
         possible_NV &= jax.nn.one_hot(first_N, logits_NV.shape[-1], dtype=bool)
