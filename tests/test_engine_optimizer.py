@@ -212,6 +212,19 @@ def test_8_bit_adam_takes_large_leaves_in_parts_without_changing_a_bit(monkeypat
     assert same_bits(after_three(), whole)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+def test_8_bit_state_shows_what_is_not_finite(bad, dtype):
+    """In its whole block, and in no other; there are many, so that XLA's maximum passes over NaN."""
+    x_BN = np.abs(np.random.default_rng(0).standard_normal((8, 4, 256))).astype(np.float32)
+    x_BN[3, 2, 100] = bad
+    codes, tops = jax.jit(lambda x: optimizer_module._encode(x, dtype, 1, 0, 0))(x_BN)
+    found_BN = np.asarray(optimizer_module._decode(codes, tops, 1))
+    expected_BN = np.zeros(x_BN.shape, bool)
+    expected_BN[3, 2] = True
+    np.testing.assert_array_equal(np.isnan(found_BN), expected_BN)
+
+
 def test_state_of_8_bit_adam_is_cut_and_joined_by_stack():
     """Rows of unlike stacks share no scale: a merged group has the state that its stacks have alone."""
     grads = [

@@ -101,6 +101,32 @@ def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour():
     assert same_bits(round_stochastically(x_RN, jnp.float32, jax.random.key(0)), x_RN)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000])
+def test_stochastic_rounding_makes_no_number_of_what_is_none(bits):
+    """The largest NaN and random bits add up to zero."""
+    x_N = np.full(1000, bits, np.uint32).view(np.float32)
+    rounded_N = round_stochastically(jnp.asarray(x_N), jnp.bfloat16, jax.random.key(0))
+    np.testing.assert_array_equal(np.asarray(rounded_N, np.float32), x_N)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_adapters_and_nothing_else_move_at_their_own_rate(rounding):
+    """Without momentum and decay a weight moves by learning rate times gradient."""
+    one = lambda: jnp.ones((4, 4), jnp.float32)
+    adapter = {"adapters": {"trunk": {"a": one(), "b": one()}}}
+    learning = {
+        "embed": {"embedding": one()},
+        "stacks": ({"blocks": {"q": {"kernel": one()}}}, {"blocks": {"q": adapter}}),
+        "head": {"kernel": one()},
+    }
+    cfg = OptimizerConfig(name="sgd", b1=0.0, weight_decay=0.0, rounding=rounding)
+    opt, key = make_optimizer(cfg).init(learning), jax.random.key(0)
+    moved, _, finite = apply_update(cfg, 3.0, learning, opt, learning, jnp.float32(0.125), key, jnp.bool_(True))
+    assert finite
+    for path, values in leaves(moved).items():
+        assert (values == (1 - 0.375 if "adapters" in path else 1 - 0.125)).all(), path
+
+
 def test_small_updates_reach_bf16_weights_only_with_stochastic_rounding():
     learning = {"head": {"kernel": jnp.ones((64, 64), jnp.bfloat16)}}
     grads = jax.tree.map(jnp.ones_like, learning)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from stackwise_jax.memory import (
+    AttentionDims,
     BlockDims,
     StackDims,
     StepDims,
@@ -140,6 +141,15 @@ def test_block_forward_against_xla(dims):
     xla = counted(jax.jit(block, static_argnums=0).lower(dims, block_params(dims), x_BTD).compile())
     assert B * T * dims.forward(T) == pytest.approx(xla, rel=0.05)
     assert block_forward_flops(D, F, dims.n_heads, dims.n_kv_heads, T) == dims.forward(T)
+
+
+@pytest.mark.parametrize(("seq_len", "met"), [(10, 10), (64, 64), (65, 33), (128, 64), (130, 44), (193, 49)])
+def test_linear_attention_meets_the_rows_of_a_chunk(seq_len, met):
+    """As few chunks of at most 64 rows as there can be, all of one length."""
+    dims = AttentionDims(weights=0, scored=1000, state=7, chunk=64)
+    assert dims.products(seq_len) == 1000 * met + 7
+    assert dataclasses.replace(dims, scans=2).products(seq_len) == 2 * (1000 * met + 7)
+    assert dataclasses.replace(dims, chunk=None).products(seq_len) == 1000 * seq_len + 7
 
 
 def test_known_numbers():

@@ -254,3 +254,49 @@ def test_one_matrix_at_a_time_is_dense(fmt, how):
     matrix = 512 * 512 * 2
     one, eight = temporaries(1, fmt, how), temporaries(8, fmt, how)
     assert eight - one < matrix / 4 and eight < 4 * matrix
+
+
+@every_format
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_what_is_not_finite_is_seen_afterwards(fmt, bad, dtype):
+    """Its whole block is NaN, and no other block changes. Wide matrices: there XLA's maximum passes over NaN."""
+    w_LIO = gaussian(2, 192, 40)
+    w_LIO[1, 100, 30] = 9.0
+    clean_LIO = restored(w_LIO.astype(dtype), fmt)
+    w_LIO[0, 70, 20], w_LIO[0, 3, 39] = bad, bad
+    n_blocks = -(-192 // BLOCK[fmt])
+    expected = np.zeros((2, n_blocks, 192 // n_blocks, 40), bool)
+    for row, column in ((70, 20), (3, 39)):
+        expected[0, row * n_blocks // 192, :, column] = True
+    found_LIO = restored(w_LIO.astype(dtype), fmt)
+    np.testing.assert_array_equal(np.isnan(found_LIO), expected.reshape(2, 192, 40))
+    assert same_bits(restored(w_LIO.astype(dtype)[1], fmt), clean_LIO[1])
+    near = ~np.isnan(found_LIO[0])
+    assert relative(found_LIO[0][near], w_LIO[0][near]) < 1.1 * ERROR[fmt]
+
+
+@every_format
+@pytest.mark.parametrize("how", ["dequantize", "native"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_products_show_what_is_not_finite(fmt, how, bad):
+    x_NI, w_IO = gaussian(64, 256, seed=1), gaussian(256, 64) / 16
+    q = quantized(w_IO, fmt)
+    x_NI[5, 7] = bad
+    bad_NO = ~np.isfinite(np.asarray(product(x_NI, q, jnp.float32, how)))
+    assert bad_NO[5].any() and not np.delete(bad_NO, 5, axis=0).any()
+    w_IO[9, 3] = bad
+    x_NI[5, 7] = 0
+    bad_NO = ~np.isfinite(np.asarray(product(x_NI, quantized(w_IO, fmt), jnp.float32, how)))
+    assert bad_NO[:, 3].all() and not np.delete(bad_NO, 3, axis=1).any()
+
+
+@every_format
+@pytest.mark.parametrize("top", [3.4028235e38, 3e38, 1e38, 8e37])
+def test_the_largest_numbers_keep_their_digits(fmt, top):
+    w_IO = np.clip(gaussian(128, 16) / 4, -1, 1) * np.float32(top)
+    w_IO[::16] = np.float32(top)
+    w_IO[64:, 3] = 1e-45
+    found_IO = restored(w_IO, fmt)
+    assert np.isfinite(found_IO).all()
+    assert relative(found_IO, w_IO) < 1.1 * ERROR[fmt]

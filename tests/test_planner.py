@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from tiny import summary, tiny, train
 from stackwise_jax.config import load_config
 from stackwise_jax.config.checks import DEVICE_NAMES
 from stackwise_jax.engine import planner, prepare
+from stackwise_jax.engine.dryrun import advanced_stacks
 from stackwise_jax.engine.plan_changes import advise, changed, too_large, what_helps
 from stackwise_jax.engine.planner import plan_run
 from stackwise_jax.engine.programs import StepPrograms
@@ -228,3 +230,46 @@ def test_the_reserve_of_a_device_counts_once(tmp_path):
     gpu = lambda memory: Machine(Device("gpu", memory, reserve=1000), 10**15, 10**15)
     assert plan_run(setup, gpu(bare + 1000)).fits
     assert not plan_run(setup, gpu(bare + 999)).fits
+
+
+BORDER = (
+    "[{train: [0, 1], train_embed: true}, {adapt: [0, 1], train_head: false}, {adapt: [0, 1], train_head: false%s}]"
+)
+
+
+def at_rest(more):
+    """Bytes of optimizer state on disk while the phase before the last runs."""
+    setup = setup_of("curriculum.plan=custom", "run.save_every=0", f"curriculum.phases={BORDER % more}")
+    return plan_run(setup, BIG).phases[1].demand.disk["optimizer"].bytes
+
+
+def test_merged_adapters_hand_no_optimizer_state_on():
+    kept, merged = at_rest(", keep_optimizer: true"), at_rest(", keep_optimizer: true, merge_adapters: true")
+    assert kept > merged == at_rest("")
+
+
+def test_models_of_their_own_stay_on_disk_whatever_depths_are_kept():
+    apart = "curriculum.plan=independent", "objective.kind=diffusion", "model.architecture.n_stacks=4"
+    on_disk = lambda *changes: plan_run(setup_of(*apart, *changes), BIG).peak("disk")
+    assert on_disk("run.keep_depths=1") == on_disk()
+    assert disk("run.keep_depths=1", "model.architecture.n_stacks=4") < disk("model.architecture.n_stacks=4")
+
+
+def test_a_cache_is_filled_anew_where_adapters_of_the_prefix_are_merged_or_begin():
+    """As the engine does, whose key holds the bytes of the weights and adapters."""
+    phases = "[{adapt: [0], train: [1]}, {train: [1]}, {train: [1]}, {train: [1], merge_adapters: true}]"
+    setup = setup_of("curriculum.plan=custom", f"curriculum.phases={phases}", "cache.kind=host")
+    first, *cached = setup.plan.phases
+    assert first.prefix == () and [phase.prefix for phase in cached] == [(0,)] * 3
+    advanced = [advanced_stacks(*pair, setup.loader()) for pair in pairwise(cached)]
+    assert advanced == [0, None]
+    bare = dataclasses.replace(cached[0], adapters=())
+    assert advanced_stacks(bare, cached[1], setup.loader()) is None
+
+
+def test_a_run_counts_the_flops_that_were_planned(tmp_path):
+    """A streamed step computes its stacks again on the way back."""
+    config = tiny("curriculum.plan=rackwise", "memory.offload=all", "curriculum.steps=1", "run.eval_batches=1")
+    planned = plan_run(prepare(config, tmp_path), BIG).phases[0].flops
+    train(config, tmp_path)
+    assert summary(tmp_path)["phases"][0]["flops"] == planned

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stackwise_jax.errors import UsageError
+from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.objectives.batch import Vocab
-from stackwise_jax.sampling.filters import Filters, allowed_ids, filter_logits, sample_ids
+from stackwise_jax.sampling.filters import NO_ID, Filters, allowed_ids, check_ids, filter_logits, sample_ids
 
 ALL_V = np.ones(8, bool)
 
@@ -21,12 +21,14 @@ def kept(logits_NV):
     return np.isfinite(np.asarray(logits_NV))
 
 
-def test_defaults_change_nothing(logits_NV):
-    np.testing.assert_array_equal(filter_logits(logits_NV, ALL_V, Filters()), logits_NV)
+def test_defaults_change_nothing_but_the_origin(logits_NV):
+    best_N1 = logits_NV.max(-1, keepdims=True)
+    np.testing.assert_array_equal(filter_logits(logits_NV, ALL_V, Filters()), logits_NV - best_N1)
 
 
 def test_temperature_divides(logits_NV):
-    np.testing.assert_allclose(filter_logits(logits_NV, ALL_V, Filters(temperature=0.5)), logits_NV * 2, rtol=1e-6)
+    below_NV = logits_NV - logits_NV.max(-1, keepdims=True)
+    np.testing.assert_allclose(filter_logits(logits_NV, ALL_V, Filters(temperature=0.5)), below_NV * 2, rtol=1e-6)
 
 
 def test_temperature_zero_is_the_argmax_of_what_is_allowed(logits_NV):
@@ -83,3 +85,53 @@ def test_samples_follow_the_filtered_distribution():
 def test_values_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Filters(**wrong)
+
+
+ALLOWED_V = np.array([False, True, True, False, True, True, False, True])
+EXTREMES = [0.0, 5e-324, 1e-45, 1e-38, 1e-37, 1e-3, 1.0, 1e3, 1e37, 1e38, 3e38, 1e300, 1.7e308]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("temperature", EXTREMES)
+def test_forbidden_ids_never_come_out(temperature, dtype):
+    """Whatever temperature and filters are, and however large the logits of what is forbidden."""
+    rows = np.random.default_rng(1).normal(size=(40, 8)) * np.logspace(-4, 4, 40)[:, None]
+    rows[::5, [0, 3, 6]], rows[1::5, [0, 6]], rows[2::5, 3] = 3e38, np.inf, np.nan
+    with np.errstate(over="ignore"):
+        logits_NV = jnp.asarray(rows, dtype)
+    for top_k in (0, 1, 6, 2**40):
+        for top_p in (1e-38, 1e-300, 0.5, 1 - 1e-12, 1.0):
+            filters = Filters(temperature, top_k, top_p)
+            ids_N = np.asarray(sample_ids(jax.random.key(0), logits_NV, ALLOWED_V, filters))
+            assert ALLOWED_V[ids_N].all() and ids_N.min() >= 0, filters
+
+
+@pytest.mark.parametrize("temperature", EXTREMES)
+def test_the_distribution_is_the_softmax_in_float64(temperature):
+    rows = np.random.default_rng(2).normal(size=(30, 8)) * np.logspace(-3, 30, 30)[:, None]
+    logits_NV = np.asarray(rows, np.float32)
+    found_NV = np.asarray(jax.nn.softmax(filter_logits(jnp.asarray(logits_NV), ALL_V, Filters(temperature))))
+    below_NV = logits_NV.astype(np.float64) - logits_NV.max(-1, keepdims=True)
+    with np.errstate(over="ignore"):
+        exact_NV = np.exp(below_NV / temperature) if temperature else (below_NV == 0).astype(float)
+    np.testing.assert_allclose(found_NV, exact_NV / exact_NV.sum(-1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0, 1e30])
+def test_what_is_infinitely_likely_comes_out(temperature):
+    logits_NV = jnp.tile(jnp.asarray([0.0, 5.0, jnp.inf, -jnp.inf]), (200, 1))
+    ids_N = sample_ids(jax.random.key(0), logits_NV, ALL_V[:4], Filters(temperature))
+    assert set(np.asarray(ids_N)) == {2}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 1.0, 1e38])
+@pytest.mark.parametrize("row", [[1.0, np.nan, 2.0, 0.0], [np.nan] * 4, [-np.inf] * 4])
+def test_logits_that_are_no_numbers_give_no_id(row, temperature):
+    allowed_V = np.array([False, True, True, True] + [True] * 300)
+    logits_NV = jnp.asarray([row + [-np.inf] * 300, [1.0, 2.0, 3.0, 4.0] + [0.0] * 300])
+    for filters in (Filters(temperature), Filters(temperature, 2, 0.5)):
+        ids_N = np.asarray(sample_ids(jax.random.key(0), logits_NV, allowed_V, filters))
+        assert ids_N[0] == NO_ID and allowed_V[ids_N[1]]
+    with pytest.raises(RunError, match="not numbers"):
+        check_ids(ids_N)
+    np.testing.assert_array_equal(check_ids(ids_N[1:]), ids_N[1:])

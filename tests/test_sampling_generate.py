@@ -115,3 +115,17 @@ def test_options_that_a_model_does_not_have_are_refused(runs, capsys, name, refu
 
 def test_the_orders_of_the_command_are_those_of_the_sampler():
     assert generate.ORDERS == ORDERS
+
+
+@pytest.mark.parametrize("name", ["here", "causal", "deep", "apart"])
+def test_a_model_whose_logits_are_no_numbers_fails_in_one_sentence(runs, capsys, name, monkeypatch):
+    rack, params = model()
+    broken = jax.tree.map(lambda x: x * float("nan"), params["head"])
+    monkeypatch.setattr(f"{__name__}.model", lambda: (rack, params | {"head": broken}))
+    models = [loaded("clm" if name == "causal" else "diffusion", levels=(0.8,) if name == "deep" else None)]
+    if name == "apart":
+        models = [loaded("diffusion", 0.5, 1.0), loaded("diffusion", 0.0, 0.5)]
+    monkeypatch.setattr(engine, "load_experts", lambda run_dir: models)
+    assert generate.main([name, "--max_tokens", "4", "--temperature", "0.7"]) == 1
+    printed, error = capsys.readouterr()
+    assert printed == "" and "not numbers" in error and len(error.splitlines()) == 1

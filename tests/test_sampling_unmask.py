@@ -57,6 +57,19 @@ def test_random_order_settles_each_position_equally_often():
     np.testing.assert_allclose(often_T, [1 / 3, 1 / 3, 1 / 3, 0], atol=0.03)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 1e38])
+@pytest.mark.parametrize("top_p", [1e-38, 1.0])
+def test_what_is_open_is_settled_however_extreme_the_logits_are(order, temperature, top_p):
+    rows = LOGITS_TV.at[0, 5].set(-jnp.inf).at[1, 4:].multiply(1e30).at[2, 6].set(jnp.inf)
+    how = jax.random.key(0), ALLOWED_V, Filters(temperature, top_p=top_p), order
+    for logits_TV in (rows, rows.astype(jnp.bfloat16)):
+        tokens_T, settled_T = settle(logits_TV, jnp.full(4, 3), OPEN_T, 3, *how)
+        np.testing.assert_array_equal(settled_T, OPEN_T)
+        assert ALLOWED_V[tokens_T[:3]].all() and tokens_T[3] == 3
+        assert not jnp.isnan(sureness(logits_TV, tokens_T, jax.random.key(0), ALLOWED_V, order)).any()
+
+
 @pytest.mark.parametrize("length", [0, 1, 7, 12, 65])
 @pytest.mark.parametrize("block_size", [1, 3, 4, 100])
 @pytest.mark.parametrize("spare", [0, 9, 500])

@@ -23,8 +23,9 @@ from stackwise_jax.model import Block, Params, Stack, dtype_of
 from stackwise_jax.model.linear import MATRICES
 from stackwise_jax.model.partition import split_names
 from stackwise_jax.model.stack import block_name
+from stackwise_jax.random_streams import Stream, stream_key
 
-STREAMS = {"stack": 16, "trunk": 17}  # folded into a run's root key, as those of model.functional are
+STREAMS = {"stack": Stream.STACK_ADAPTERS, "trunk": Stream.TRUNK_ADAPTERS}
 LEARNS = ("a", "b")
 
 
@@ -36,7 +37,7 @@ def init_adapter(stack: Stack, adapter: StackAdapter, first_block: int | jax.Arr
             its index and the key only, however the blocks are grouped.
         key: the run's root key; another one begins the adapter anew (ReLoRA).
     """
-    key = jax.random.fold_in(key, STREAMS[adapter.name])
+    key = stream_key(key, STREAMS[adapter.name])
     keys_L = jax.vmap(lambda i: jax.random.fold_in(key, i))(first_block + jnp.arange(len(stack.blocks)))
     if stack.block_alike:
         return {"blocks": _init_alike(stack.blocks[0], adapter.name, adapter.spec, keys_L)}

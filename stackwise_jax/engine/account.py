@@ -39,10 +39,17 @@ def trainable_and_frozen(rack: Rack, phase: Phase) -> tuple[int, int]:
 
 
 def phase_flops_of(
-    rack: Rack, phase: Phase, data: DataConfig, *, cached_batches: int | None, advanced_stacks: int | None = None
+    rack: Rack,
+    phase: Phase,
+    data: DataConfig,
+    *,
+    cached_batches: int | None,
+    advanced_stacks: int | None = None,
+    streamed: bool = False,
 ) -> int:
-    """FLOPs of a phase by formula; see memory.phase_flops."""
+    """FLOPs of a phase by formula; see memory.phase_flops. streamed: each stack is computed again on the way back."""
     step = step_dims(rack, phase, data)
+    step = dataclasses.replace(step, remat=step.remat or streamed)
     return phase_flops(step, phase.steps, cached_batches=cached_batches, advanced_stacks=advanced_stacks)["total"]
 
 

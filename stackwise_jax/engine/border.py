@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from stackwise_jax.adapters import merge_adapters
 from stackwise_jax.config.schema import MemoryConfig
 from stackwise_jax.curriculum import Phase
+from stackwise_jax.engine.carry import Survival, keeps_state
 from stackwise_jax.engine.executor import Executor
 from stackwise_jax.engine.holdings import homes
 from stackwise_jax.engine.recorder import Recorder
@@ -146,7 +147,7 @@ def reference_embedding(weights: Weights, recorder: Recorder, phase: Phase, *, b
 
 def hand_over(executor: Executor, recorder: Recorder, phase: Phase) -> None:
     """Let what learned in an earlier phase go on with the optimizer state that it had when that phase ended."""
-    kept = [item for item in learning_items(phase) if item in recorder.moments and _keeps(phase, item)]
+    kept = [item for item in learning_items(phase) if item in recorder.moments and keeps_state(phase, item)]
     about = {"optimizer": phase.optimizer.name}
     if kept:
         executor.carry((item, recorder.load_moments(item, executor.carried(item), about)) for item in kept)
@@ -154,18 +155,8 @@ def hand_over(executor: Executor, recorder: Recorder, phase: Phase) -> None:
 
 def keep_moments(executor: Executor, recorder: Recorder, phases: Sequence[Phase], index: int, meta: dict) -> None:
     """Save the optimizer state of what a later phase goes on with; forget what no later phase wants."""
-    about = meta | {"optimizer": phases[index].optimizer.name}
+    about, survival = meta | {"optimizer": phases[index].optimizer.name}, Survival(phases)
     for item in learning_items(phases[index]):
-        if _goes_on(phases, index, item):
+        if survival.goes_on(index, item):
             recorder.save_moments(item, executor.carried(item), about)
-    recorder.moments = {item: v for item, v in recorder.moments.items() if _goes_on(phases, index, item)}
-
-
-def _keeps(phase: Phase, item: str) -> bool:
-    """Whether an item begins a phase with the optimizer state it has; merged adapters begin anew."""
-    return phase.keep_optimizer and not (phase.merge_adapters and item.startswith("adapters/"))
-
-
-def _goes_on(phases: Sequence[Phase], index: int, item: str) -> bool:
-    """Whether the next phase in which an item learns keeps its optimizer state."""
-    return next((_keeps(later, item) for later in phases[index + 1 :] if item in learning_items(later)), False)
+    recorder.moments = {item: v for item, v in recorder.moments.items() if survival.goes_on(index, item)}

@@ -7,18 +7,42 @@ before the learning tree says which quantity it is (a moment, say), the part beh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import bisect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from stackwise_jax.engine.weights import EMBED, HEAD, stack_item
+from stackwise_jax.curriculum import Phase
+from stackwise_jax.engine.weights import EMBED, HEAD, learning_items, stack_item
 from stackwise_jax.engine.window import Layout
 
 Tree = Any
 State = dict[str, jax.Array]  # of one item: its leaves by name
 SHARED = "shared"
+
+
+def keeps_state(phase: Phase, item: str) -> bool:
+    """Whether an item that learns in a phase begins with the optimizer state it has; adapters do not after a merge."""
+    return phase.keep_optimizer and not (phase.merge_adapters and item.startswith("adapters/"))
+
+
+class Survival:
+    """Which optimizer state outlives the phase that it was made in."""
+
+    def __init__(self, phases: Sequence[Phase]):
+        self._phases = phases
+        self._trained: dict[str, list[int]] = {}  # item -> the phases that train it, in order
+        for i, phase in enumerate(phases):
+            for item in learning_items(phase):
+                self._trained.setdefault(item, []).append(i)
+
+    def goes_on(self, index: int, item: str) -> bool:
+        """Whether the next phase after phases[index] that trains an item keeps the item's optimizer state."""
+        trained = self._trained.get(item, [])
+        place = bisect.bisect_right(trained, index)
+        return place < len(trained) and keeps_state(self._phases[trained[place]], item)
 
 
 def item_state(opt: Tree, layout: Layout, item: str) -> State:

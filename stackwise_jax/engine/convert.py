@@ -37,9 +37,9 @@ from stackwise_jax.model import (
     zero_outputs,
 )
 from stackwise_jax.model.regroup import stack_blocks, unstack_blocks
+from stackwise_jax.random_streams import Stream, root_key, stream_key
 
 Tree = Any
-INSERTED = 6  # stream of the root key for stacks that are inserted; others take 0 to 5, 16 and 17
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ def _read(source: Source, owner: Source, slot: Slot, changes: Changes, seed: int
     master = source.rack.param_dtype
     if slot.new and changes.init != "copy":
         # A stream of its own for each place: the blocks of the source were made from the seed alone.
-        stack, key = source.rack.stacks[slot.source], jax.random.key(seed)
-        tree = init_stack_blocks(stack, 0, jax.random.fold_in(jax.random.fold_in(key, INSERTED), place))
+        stack, key = source.rack.stacks[slot.source], stream_key(root_key(seed), Stream.INSERTED)
+        tree = init_stack_blocks(stack, 0, jax.random.fold_in(key, place))
         tree = zero_outputs(stack, tree) if changes.init == "zero" else tree
         return jax.device_get(tree if slot.fmt == master else in_format(tree, master, slot.fmt))
     item = stack_item(slot.source)

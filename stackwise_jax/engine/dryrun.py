@@ -14,11 +14,12 @@ from stackwise_jax.engine.optimizer import make_optimizer
 from stackwise_jax.engine.resident import split_phase
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.step import StepData, StepSpec, TrainState
-from stackwise_jax.engine.weights import EMBED, HEAD, Weights, item_format, stack_item
+from stackwise_jax.engine.weights import EMBED, HEAD, Weights, frozen_format, item_format, stack_item
 from stackwise_jax.engine.window import Window
 from stackwise_jax.memory import Placement
 from stackwise_jax.model import dtype_of
 from stackwise_jax.objectives import Examples
+from stackwise_jax.random_streams import root_key
 
 Tree = Any
 
@@ -31,10 +32,12 @@ def advanced_stacks(before: Phase | None, phase: Phase, loader: Loader) -> int |
 
     def content(p: Phase) -> tuple:
         batches = min(p.steps, loader.n_batches)  # always the first of the stream
-        formats = [p.frozen, *map(p.format_of, p.prefix[:n])]
-        return p.objective, p.noise, p.attention_mode, p.seed, batches, p.prefix[:n], formats
+        formats = [frozen_format(p, EMBED), *map(p.format_of, p.prefix[:n])]
+        adapters = {adapter for adapter in p.adapters if adapter.stack in p.prefix[:n]}
+        return p.objective, p.noise, p.attention_mode, p.seed, batches, p.prefix[:n], formats, adapters
 
-    return len(phase.prefix) - n if content(before) == content(phase) else None
+    merged = phase.merge_adapters and any(adapter.stack in phase.prefix[:n] for adapter in before.adapters)
+    return len(phase.prefix) - n if not merged and content(before) == content(phase) else None
 
 
 def placed(placement: Placement, tree: Tree) -> Tree:
@@ -71,7 +74,7 @@ def abstract_step(
     examples = Examples(batch(n, t), batch(n, t), batch(n, t), batch(n))
     hidden = batch(n, t, setup.rack.d_model, dtype=dtype_of(setup.rack.compute_dtype)) if phase.prefix else None
     data = StepData(examples, hidden, scalar(jnp.float32), scalar(jnp.int32))
-    key = scalar(jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    key = scalar(jax.eval_shape(lambda: root_key(0)).dtype)
     table = jax.ShapeDtypeStruct((setup.tokenizer.vocab_size,), jnp.float32, sharding=placement.replicated)
     keys = dict.fromkeys(("corruption_key", "dropout_key", "rounding_key"), key)
     return state, frozen, data, keys | {"token_bytes_V": table}

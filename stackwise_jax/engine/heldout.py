@@ -18,6 +18,7 @@ from stackwise_jax.engine.programs import bare, embed_examples, loss_sums, run_s
 from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.model import Stack
 from stackwise_jax.objectives import Examples
+from stackwise_jax.random_streams import root_key
 
 Tree = Any
 GROUP = 8  # batches that pass the stacks together
@@ -53,22 +54,31 @@ def held_out(
     head: Tree,
     batches: Iterator[Examples],
     token_bytes_V: jax.Array,
+) -> dict[str, float]:
+    """Mean loss over held-out batches, without dropout: the `quotients` of `held_out_sums`."""
+    return quotients(held_out_sums(task, stacks, embed, head, batches, token_bytes_V))
+
+
+def held_out_sums(
+    task: TaskSpec,
+    stacks: Sequence[tuple[Stack, Tree]],
+    embed: Tree,
+    head: Tree,
+    batches: Iterator[Examples],
+    token_bytes_V: jax.Array,
     *,
     draw: int = 0,
-) -> dict[str, float]:
-    """Mean loss over held-out batches, without dropout.
+) -> list[dict[str, float]]:
+    """The sums of `batch_sums` for each of the batches, without dropout.
 
     Args:
         stacks: (stack, params) from input to head; params on the device or in host memory.
         draw: which of the reproducible corruptions of the text is used (mlm, diffusion).
-
-    Returns:
-        loss (nats per token), perplexity, bits_per_byte, accuracy, tokens.
     """
     placement = task.placement
-    key = placement.put(jax.random.key(HELD_OUT_SEED), placement.replicated)
+    key = placement.put(root_key(HELD_OUT_SEED), placement.replicated)
     visit = placement.put(np.int32(draw), placement.replicated)
-    totals: dict[str, float] = {}
+    sums: list[dict[str, jax.Array]] = []
     batches = iter(batches)
     # A few batches at a time pass stack by stack: a stack that rests in host memory is copied once for all of them.
     while group := [placement.put(examples, placement.batch) for examples in itertools.islice(batches, GROUP)]:
@@ -78,18 +88,13 @@ def held_out(
             hidden = [run_stack(task, bare(stack), params, x_BTD, ex) for x_BTD, ex in zip(hidden, group, strict=True)]
             jax.block_until_ready(hidden)  # so that at most one stack's copy is there
         for x_BTD, examples in zip(hidden, group, strict=True):
-            _add(totals, loss_sums(task, head, embed, x_BTD, examples, key, visit, token_bytes_V))
-    return quotients(totals)
+            sums.append(jax.device_get(loss_sums(task, head, embed, x_BTD, examples, key, visit, token_bytes_V)))
+    return [{name: float(value) for name, value in of_batch.items()} for of_batch in sums]
 
 
-def _add(totals: dict[str, float], sums: dict[str, jax.Array]) -> None:
-    """Add one batch's sums, in float64 on the host."""
-    for name, value in jax.device_get(sums).items():
-        totals[name] = totals.get(name, 0.0) + float(value)
-
-
-def quotients(totals: dict[str, float]) -> dict[str, float]:
-    """loss, perplexity, bits_per_byte, accuracy and tokens from the sums of `batch_sums`."""
+def quotients(sums: Sequence[dict[str, float]]) -> dict[str, float]:
+    """loss (nats per token), perplexity, bits_per_byte, accuracy and tokens from the sums of some batches."""
+    totals = {name: sum((of_batch[name] for of_batch in sums), 0.0) for name in sums[0]}
     loss = totals["nll"] / max(totals["tokens"], 1.0)
     return {
         "loss": loss,

@@ -19,6 +19,7 @@ from stackwise_jax.engine.weights import EMBED, HEAD, Weights
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory import Placement, make_mesh
 from stackwise_jax.model import Rack, combine
+from stackwise_jax.random_streams import check_settings, root_key
 
 StackPlace = Literal["device", "host"]
 
@@ -89,7 +90,7 @@ def load_experts(run_dir: str | Path, place: StackPlace = "device") -> list[Load
 def _load(source: Source, place: StackPlace) -> LoadedRun:
     tokenizer = source.tokenizer()
     placement = _placement(source.config)
-    weights = Weights(source.rack, placement, source.store, jax.random.key(source.config.run.seed))
+    weights = Weights(source.rack, placement, source.store, root_key(source.config.run.seed))
     weights.versions = source.versions
     weights.adapters = source.adapters
 
@@ -135,6 +136,7 @@ def _levels(source: Source) -> tuple[float, ...] | None:
 
 def _placement(config: StackWiseConfig) -> Placement:
     """The mesh of the run where it fits the devices at hand, which need not be those of the training; else a device."""
+    check_settings()
     try:
         placement = Placement(make_mesh(config.mesh))
         placement.check_batch(config.data.batch_size)

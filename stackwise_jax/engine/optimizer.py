@@ -18,6 +18,7 @@ from optax import contrib
 
 from stackwise_jax.config.schema import OptimizerConfig
 from stackwise_jax.memory.placement import STACKED
+from stackwise_jax.memory.quantized import largest
 from stackwise_jax.model import dtype_of
 
 Tree = Any
@@ -199,7 +200,7 @@ def _in_blocks(x: jax.Array, rows: int) -> jax.Array:
 def _encode(
     x: jax.Array, dtype: Any, rows: int, count: jax.Array | int, start: jax.Array | int
 ) -> tuple[jax.Array, jax.Array]:
-    """(codes in `dtype`, shaped as x; the largest magnitude of each block, float32).
+    """(codes in `dtype`, shaped as x; the largest magnitude of each block, float32, NaN where one is not finite).
 
     x = top * (code / largest code)^2 with the sign of the code: squares put most codes near zero. Of the two codes that
     x lies between it gets one or the other in turns over the steps (`_thresholds`), so that in the mean x is exact. To
@@ -209,12 +210,12 @@ def _encode(
     What is not 0 and has no sign has at least the code 2, the share of the top that m has at code 1: where the root of
     v was rounded to 0 beside an m that was not, the step would be far too large; so it is rather too small.
     """
-    tops = jnp.abs(_in_blocks(x, rows)).max(axis=-1)
-    largest = jnp.iinfo(dtype).max
-    squares = largest**2 * jnp.abs(x) / _spread(jnp.where(tops > 0, tops, 1.0), x.shape, rows)
+    tops = largest(_in_blocks(x, rows), axis=-1)
+    most = jnp.iinfo(dtype).max
+    squares = most**2 * jnp.abs(x) / _spread(jnp.where(tops > 0, tops, 1.0), x.shape, rows)
     below = jnp.floor(jnp.sqrt(squares))
     above = (squares - below**2) / (2 * below + 1) > _thresholds(x.shape, rows, count, start)
-    codes = jnp.minimum(below + above, largest) * jnp.sign(x)
+    codes = jnp.minimum(below + above, most) * jnp.sign(x)
     if dtype == jnp.uint8:
         codes = jnp.where(x > 0, jnp.maximum(codes, 2.0), 0.0)
     return codes.astype(dtype), tops

@@ -23,6 +23,7 @@ from stackwise_jax.kernels.attention.chunked import MAX_SCORES
 from stackwise_jax.kernels.cross_entropy.chunked import default_chunk
 from stackwise_jax.kernels.linear_attention.chunked import CHUNK
 from stackwise_jax.model import Block, Rack, Stack, combine, dtype_of
+from stackwise_jax.random_streams import root_key
 
 Tree = Any
 
@@ -68,7 +69,7 @@ def kept_for_backward(stack: Stack, learning: Tree, frozen: Tree, x_BTD: Any, mo
 
         return jax.tree.leaves(jax.vjp(run, learning, x_BTD)[1])
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.eval_shape(lambda: root_key(0))
     jaxpr = jax.make_jaxpr(residuals)(learning, frozen, x_BTD, rows, rows, key).jaxpr
     given = set(jaxpr.invars)
     made = {id(v): v.aval for v in jaxpr.outvars if not isinstance(v, Literal) and v not in given}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
 
-from stackwise_jax.curriculum import Phase
+from stackwise_jax.curriculum import Phase, trained_apart
+from stackwise_jax.engine.carry import Survival
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.weights import EMBED, HEAD, final_format, learning_items, path_items, stack_item
 from stackwise_jax.memory.budget import Part
@@ -27,12 +27,10 @@ class Disk:
         start = [EMBED, HEAD, *map(stack_item, setup.plan.start)]
         self._held = {item: item_bytes(item, master) for item in start}
         self._moments: dict[str, int] = {}
-        self._learns: dict[str, list[int]] = {}  # item -> the phases in which it learns, in order
-        for i, phase in enumerate(self._phases):
-            for item in learning_items(phase):
-                self._learns.setdefault(item, []).append(i)
+        self._survival = Survival(self._phases)
         self._other_path = _next_with_another_path(self._phases)
-        self._depths: list[int] = []  # bytes that only a depth as it ended needs, newest last
+        self._depths: list[int] = []  # by phase: bytes that only its depth as it ended needs
+        self._apart = trained_apart(self._phases)
 
     def during(self, index: int) -> dict[str, Part]:
         """The most that lies on disk while a phase runs and is saved."""
@@ -50,14 +48,18 @@ class Disk:
             weights += (versions - 1) * newest + (older or newest)
             state += min(run.keep + 1, inside) * self._state_bytes(item, index)
         still = sum(n for item, n in self._held.items() if item not in learning)
-        moments = sum(self._moments.values()) + sum(
-            self._state_bytes(i, index) for i in learning if self._goes_on(i, index)
-        )
+        handed_on = [i for i in learning if self._survival.goes_on(index, i)]
+        moments = sum(self._moments.values()) + sum(self._state_bytes(i, index) for i in handed_on)
         self._settle(index, learning)
-        keep = run.keep_depths
-        depths = sum(self._depths if keep is None else self._depths[-keep:])
+        depths = self._kept_depths(run.keep_depths)
         self._depths.append(self._superseded(index, learning))
         return {"weights": Part(weights + still + depths, "shapes"), "optimizer": Part(state + moments, "shapes")}
+
+    def _kept_depths(self, keep: int | None) -> int:
+        """Bytes of the newest `keep` depths, and of those that are models of their own. None: of all."""
+        others = [i for i in range(len(self._depths)) if i not in self._apart]
+        forgotten = [] if keep is None else others[: max(len(others) - keep, 0)]
+        return sum(n for i, n in enumerate(self._depths) if i not in forgotten)
 
     def _superseded(self, index: int, learning: list[str]) -> int:
         """Bytes of what the phase leaves and a later one with another path trains on, as a head learns at every
@@ -72,15 +74,9 @@ class Disk:
             frozen = self._setup.config.memory.finished == "frozen"
             fmt = final_format(self._phases, index, item, self._master) if frozen else self._master
             self._held[item] = self._item_bytes(item, fmt)
-            if self._goes_on(item, index):
+            if self._survival.goes_on(index, item):
                 self._moments[item] = self._state_bytes(item, index)
-        self._moments = {item: n for item, n in self._moments.items() if self._goes_on(item, index)}
-
-    def _goes_on(self, item: str, index: int) -> bool:
-        """Whether the next phase in which an item learns goes on with its optimizer state."""
-        learns = self._learns.get(item, [])
-        place = bisect.bisect_right(learns, index)
-        return place < len(learns) and self._phases[learns[place]].keep_optimizer
+        self._moments = {item: n for item, n in self._moments.items() if self._survival.goes_on(index, item)}
 
 
 def _next_with_another_path(phases: Sequence[Phase]) -> list[int | None]:

@@ -13,10 +13,11 @@ import jax
 
 from stackwise_jax.config import parse_bytes
 from stackwise_jax.curriculum import Phase
-from stackwise_jax.engine.account import phase_flops_of, step_dims, trainable_and_frozen
+from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
 from stackwise_jax.engine.border import place_of
 from stackwise_jax.engine.dryrun import advanced_stacks
 from stackwise_jax.engine.executor import streams
+from stackwise_jax.engine.heldout import GROUP
 from stackwise_jax.engine.holdings import homes
 from stackwise_jax.engine.plan_bytes import head_moment, score_bytes, tree_bytes, width
 from stackwise_jax.engine.plan_disk import Disk
@@ -36,13 +37,13 @@ from stackwise_jax.engine.prefix import PrefixCache
 from stackwise_jax.engine.programs import StepPrograms, bare
 from stackwise_jax.engine.setup import Setup
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, adapter_item, item_format, learning_items, stack_item
-from stackwise_jax.memory import CacheChoice, step_flops
+from stackwise_jax.memory import CacheChoice
 from stackwise_jax.memory.budget import PLACES, Demand, Machine, Part, Shortfall, peak, shortfalls
 from stackwise_jax.memory.devices import EFFICIENCY, same_disk
+from stackwise_jax.random_streams import root_key
 
 HOST_RUNTIME = {True: 8e8, False: 3e9}  # bytes of the process itself, on a CPU and beside a GPU; a rough figure
 CHUNKS_UNDERWAY = 2  # of the cache, on the device beside the one in use and the one being written
-EVALUATED = 8  # batches that pass the stacks together in an evaluation
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ class _Planner:
     def __init__(self, setup: Setup, machine: Machine, programs: StepPrograms | None):
         self._setup, self._machine, self._programs = setup, machine, programs
         self._memory = setup.config.memory
-        root_key: Any = jax.eval_shape(lambda: jax.random.key(0))
-        self._weights = Weights(setup.rack, setup.placement, None, root_key)
+        root: Any = jax.eval_shape(lambda: root_key(0))
+        self._weights = Weights(setup.rack, setup.placement, None, root)
         self._loader = setup.loader()
         self._cache = PrefixCache(setup.config.cache, setup.placement, setup.run_dir)
         self._before: Phase | None = None  # the last phase, if it was cached
@@ -182,10 +183,8 @@ class _Planner:
             setup.config.data,
             cached_batches=choice.n_chunks if choice.use else None,
             advanced_stacks=advanced,
+            streamed=streamed,
         )
-        if streamed and not setup.rack.stacks[0].remat:  # stacks are computed again on the way back
-            dims = dataclasses.replace(step_dims(setup.rack, phase, setup.config.data), remat=True)
-            flops += phase.steps * step_flops(dims)["recompute"]
         trainable, not_trained = self._counts[alike]
         seconds = self._seconds(phase, flops, choice, chunk, streamed)
         name = "streamed" if streamed else "resident"
@@ -312,7 +311,7 @@ class _Planner:
             {
                 "weights": exact(there),
                 "learning weights": exact(learning if homes(self._memory)[0] == "device" else 0),
-                "activations": estimated((EVALUATED + 1) * hidden + moment),
+                "activations": estimated((GROUP + 1) * hidden + moment),
                 "head loss": estimated(head),
             }
         )

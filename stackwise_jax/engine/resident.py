@@ -22,6 +22,7 @@ from stackwise_jax.engine.weights import EMBED, HEAD, Weights, adapter_item, lea
 from stackwise_jax.engine.window import Window
 from stackwise_jax.memory import Placement
 from stackwise_jax.model import Rack, Stack, combine
+from stackwise_jax.random_streams import Stream, root_key, stream_key
 
 Tree = Any
 
@@ -191,18 +192,14 @@ class Resident:
         return stacks, embed, head
 
 
-# Streams of the run's root key; others take 0 to 2, 5, 6, 16 and 17.
-CORRUPTION, DROPOUT, ROUNDING = 3, 4, 7
-
-
 def constants_of(placement: Placement, seed: int, phase_index: int, token_bytes_V: np.ndarray) -> dict[str, jax.Array]:
     """The keys and tables that the step takes beside its state, replicated."""
-    root = jax.random.key(seed)
+    root = root_key(seed)
     return placement.put(
         {
-            "corruption_key": jax.random.fold_in(root, CORRUPTION),
-            "dropout_key": jax.random.fold_in(jax.random.fold_in(root, DROPOUT), phase_index),
-            "rounding_key": jax.random.fold_in(jax.random.fold_in(root, ROUNDING), phase_index),
+            "corruption_key": stream_key(root, Stream.CORRUPTION),
+            "dropout_key": jax.random.fold_in(stream_key(root, Stream.DROPOUT), phase_index),
+            "rounding_key": jax.random.fold_in(stream_key(root, Stream.ROUNDING), phase_index),
             "token_bytes_V": jnp.asarray(token_bytes_V, jnp.float32),
         },
         placement.replicated,

@@ -24,7 +24,7 @@ from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
 from stackwise_jax.engine.border import hand_over, keep_moments, open_phase, reference_embedding
 from stackwise_jax.engine.events import NullReporter, Reporter, StopFlag
-from stackwise_jax.engine.executor import Executor, make_executor
+from stackwise_jax.engine.executor import Executor, make_executor, streams
 from stackwise_jax.engine.heldout import held_out, held_out_batches
 from stackwise_jax.engine.loop import Feed, run_phase
 from stackwise_jax.engine.prefix import Prefix, PrefixCache
@@ -36,6 +36,7 @@ from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.engine.weights import EMBED, HEAD, Weights, path_items, stack_item
 from stackwise_jax.errors import RunError
 from stackwise_jax.memory import Scratch, peak_device_bytes, peak_host_bytes
+from stackwise_jax.random_streams import root_key
 
 Tree = Any
 HISTORY = 64  # points of the loss history kept with each item
@@ -130,8 +131,8 @@ class Run:
         by_first_process(lay_down)
         self.recorder = Recorder(run_dir, self.config.run.keep, directory.fingerprints(setup))
         self.recorder.store.lock()  # before anything is cut back or written
-        root_key = self.placement.put(jax.random.key(self.config.run.seed), self.placement.replicated)
-        self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root_key)
+        root = self.placement.put(root_key(self.config.run.seed), self.placement.replicated)
+        self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root)
         self.weights.scratch = self.scratch
         progress = self.recorder.store.latest() or self._begin()
         directory.check_unchanged(run_dir, progress, directory.fingerprints(setup))
@@ -374,6 +375,7 @@ class Run:
         self._report_held_out(work, phase.steps, loss)
         self.recorder.save_learned(changed, self._meta(work, phase.steps))
         tokens = phase.steps * self.loader.batch_size * self.config.data.seq_len
+        prefix = {"cached_batches": work.cached_batches, "advanced_stacks": work.advanced_stacks}
         result = {
             "index": work.index,
             "name": phase.name,
@@ -384,7 +386,7 @@ class Run:
             "frozen_params": work.not_trained,
             "tokens": tokens,
             "flops": phase_flops_of(
-                rack, phase, self.config.data, cached_batches=work.cached_batches, advanced_stacks=work.advanced_stacks
+                rack, phase, self.config.data, streamed=streams(self.config.memory, phase), **prefix
             ),
             "seconds": work.seconds,
             "skipped_steps": work.skipped,

@@ -20,6 +20,7 @@ from stackwise_jax.memory import Placement, make_mesh
 from stackwise_jax.memory.devices import claim_memory
 from stackwise_jax.model import Rack, can_copy, create_rack_from_config, padded_vocab, regroup
 from stackwise_jax.objectives import Vocab
+from stackwise_jax.random_streams import check_settings
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ def start_devices(config: StackWiseConfig) -> Placement:
     """Join the processes of a run (when there are several) and make the mesh.
 
     Raises:
-        UsageError: the mesh does not fit the devices, or the batch does not fit the mesh.
+        UsageError: the mesh does not fit the devices, the batch does not fit the mesh, or JAX has settings under which
+            seeds give other numbers.
     """
+    check_settings()
     claim_memory()
     mesh_cfg = config.mesh
     if mesh_cfg.num_processes > 1 and not jax.distributed.is_initialized():

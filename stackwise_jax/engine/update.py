@@ -131,7 +131,8 @@ def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
         return x.astype(dtype)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), rounded)  # the sum of some NaN and random bits is a number
 
 
 def learning_rate_factors(tree: Tree, adapter_rate: float) -> Tree:

@@ -40,10 +40,10 @@ from stackwise_jax.model import (
     init_stack_blocks,
     zero_outputs,
 )
+from stackwise_jax.random_streams import Stream, root_key, stream_key
 
 Tree = Any
 EMBED, HEAD = "embed", "head"
-ANEW = 5  # stream of the run's root key for adapters that are made anew; others take 0 to 4, 16 and 17
 
 
 def stack_item(index: int) -> str:
@@ -119,7 +119,7 @@ def make_item(rack: Rack, item: str, key: jax.Array, adapters: Mapping[str, Stac
 def item_shapes(rack: Rack, item: str, fmt: str, adapters: Mapping[str, StackAdapter]) -> Tree:
     """ShapeDtypeStructs of an item stored in a format, without allocating it. adapters: see `make_item`."""
     make = lambda key: to_format(make_item(rack, item, key, adapters), fmt)
-    return jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+    return jax.eval_shape(make, jax.eval_shape(lambda: root_key(0)))
 
 
 def count_values(tree: Tree) -> int:
@@ -215,7 +215,7 @@ class Weights:
             if item in self.adapters:
                 key = self._root_key
                 if again:
-                    key = jax.random.fold_in(jax.random.fold_in(key, ANEW), again)
+                    key = jax.random.fold_in(stream_key(key, Stream.RENEWED_ADAPTERS), again)
                 tree = _init_adapter(stack, dataclasses.replace(self.adapters[item], stack=0), first, key)
             else:
                 tree = _init_blocks(stack, self.placement, first, self._root_key)

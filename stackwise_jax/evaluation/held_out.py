@@ -1,4 +1,7 @@
-"""The held-out loss of a trained run, at any depth, on its own held-out text or on a file."""
+"""The held-out loss of a trained run, at any depth, on its own held-out text or on a file.
+
+Legend: D draws of the corruption, N batches of the text.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,17 @@ import itertools
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from stackwise_jax.config.schema import ObjectiveKind
 from stackwise_jax.curriculum import AttentionMode, Noise, Objective
 from stackwise_jax.data import Dataset, load_datasets, load_text_dataset
-from stackwise_jax.engine import LoadedRun, TaskSpec, held_out, held_out_batches, vocab_of
+from stackwise_jax.engine import LoadedRun, TaskSpec, held_out_batches, held_out_sums, quotients, vocab_of
 from stackwise_jax.engine.directory import check_unchanged
 from stackwise_jax.errors import UsageError
 
@@ -56,18 +60,19 @@ def evaluate_run(
         draws: corruptions of the text that are averaged (mlm, diffusion); more of them narrow the standard error.
 
     Returns:
-        loss (nats per token), perplexity, bits_per_byte, accuracy, tokens, and standard_error of bits_per_byte over the
-        draws (None for a single draw; 0 for clm, which draws nothing).
+        loss (nats per token), perplexity, bits_per_byte, accuracy, tokens, and the standard_error of bits_per_byte
+        (None for a single draw; 0 for clm, which draws nothing; see the function of this name).
     """
     task = task or task_of(loaded)
-    results = _draws(loaded, dataset, task, limit, draws)
+    sums_DN = _draws(loaded, dataset, task, limit, draws)
+    results = list(map(quotients, sums_DN))
     mean = {name: statistics.fmean(result[name] for result in results) for name in results[0]}
-    error = _error([result["bits_per_byte"] for result in results], random=task.objective.kind != "clm")
+    error = standard_error(sums_DN) if task.objective.kind != "clm" else 0.0
     return mean | {"perplexity": _perplexity(mean["loss"]), "standard_error": error, "noise": task.noise.kind}
 
 
-def _draws(loaded: LoadedRun, dataset: Dataset, task: Task, limit: int, draws: int) -> list[dict[str, float]]:
-    """What `held_out` finds in each draw of the corruption; a single one for clm."""
+def _draws(loaded: LoadedRun, dataset: Dataset, task: Task, limit: int, draws: int) -> list[list[dict[str, float]]]:
+    """The sums of each batch in each draw of the corruption; a single draw for clm."""
     rack, placement = loaded.rack, loaded.placement
     ends = rack.clone(stacks=rack.stacks[:1], parent=None)
     vocab = vocab_of(loaded.tokenizer)
@@ -77,7 +82,7 @@ def _draws(loaded: LoadedRun, dataset: Dataset, task: Task, limit: int, draws: i
     n_devices = placement.mesh.size  # the batch is split evenly over them, whatever the run had
     batch_size = -(-loaded.config.data.batch_size // n_devices) * n_devices
     return [
-        held_out(
+        held_out_sums(
             spec,
             stacks,
             loaded.params["embed"],
@@ -90,11 +95,31 @@ def _draws(loaded: LoadedRun, dataset: Dataset, task: Task, limit: int, draws: i
     ]
 
 
-def _error(bits: list[float], *, random: bool) -> float | None:
-    """The standard error of the mean over draws; 0 where nothing is drawn, None where one draw says nothing of it."""
-    if not random:
-        return 0.0
-    return statistics.stdev(bits) / math.sqrt(len(bits)) if len(bits) > 1 else None
+def standard_error(sums_DN: Sequence[Sequence[Mapping[str, float]]]) -> float | None:
+    """How far bits per byte, averaged over the draws, would be from its mean over all corruptions of this text.
+
+    It says nothing of other texts, nor of other trainings. The corruptions of two batches are independent, so the
+    variance of their sum is the sum of their variances over the draws: N (D - 1) degrees of freedom, where the D
+    figures of the whole text would have D - 1.
+
+    Args:
+        sums_DN: nll and bytes of each batch in each draw.
+
+    Returns:
+        None for one draw, which says nothing of it.
+    """
+    n_draws, n_batches = len(sums_DN), len(sums_DN[0])
+    if n_draws < 2:
+        return None
+    nll_DN, bytes_DN = (np.array([[batch[name] for batch in row] for row in sums_DN]) for name in ("nll", "bytes"))
+    n_bytes = max(float(bytes_DN.sum()), 1.0)
+    # Where the draw decides how many bytes count (mlm), of the quotient's variance the part that is linear in them.
+    rest_DN = nll_DN - nll_DN.sum() / n_bytes * bytes_DN
+    of_a_draw = float(np.square(rest_DN - rest_DN.mean(axis=0)).sum()) / (n_draws - 1)
+    error = math.sqrt(of_a_draw * n_draws) / n_bytes / math.log(2)
+    # The root of an unbiased variance is too small on average, for 1 degree of freedom by a fifth.
+    free = n_batches * (n_draws - 1)
+    return error / math.exp(math.lgamma((free + 1) / 2) - math.lgamma(free / 2)) * math.sqrt(free / 2)
 
 
 class Task(NamedTuple):
@@ -150,16 +175,23 @@ def evaluate_experts(
     for expert, (low, high) in zip(ordered, itertools.pairwise(cuts), strict=True):
         task = task_of(expert)._replace(noise=Noise(kind="elbo", low=low, high=high))
         parts.append(_draws(expert, dataset, task, limit, draws))
-    # All experts meet the same corruption in a draw, so the sums of the draws are what varies.
-    sums = [{name: sum(part[name] for part in draw) for name in draw[0]} for draw in zip(*parts, strict=True)]
-    mean = {name: statistics.fmean(total[name] for total in sums) for name in sums[0]}
+    found = [list(map(quotients, draw)) for draw in zip(*parts, strict=True)]
+    totals = [{name: sum(part[name] for part in draw) for name in draw[0]} for draw in found]
+    mean = {name: statistics.fmean(total[name] for total in totals) for name in totals[0]}
+    # Experts meet the same corruption in a draw, so what varies independently are batches, summed over the experts.
+    sums_DN = [[_added(batches) for batches in zip(*draw, strict=True)] for draw in zip(*parts, strict=True)]
     return mean | {
         "perplexity": _perplexity(mean["loss"]),
         "accuracy": mean["accuracy"] / len(ordered),
         "tokens": mean["tokens"] / len(ordered),
-        "standard_error": _error([total["bits_per_byte"] for total in sums], random=True),
+        "standard_error": standard_error(sums_DN),
         "noise": "elbo",
     }
+
+
+def _added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of a batch over the experts, all of which are divided by the bytes of the same text."""
+    return {"nll": sum(part["nll"] for part in parts), "bytes": parts[0]["bytes"]}
 
 
 _WHOLE = Noise(kind="elbo", low=0.0, high=1.0)  # the bound over all shares

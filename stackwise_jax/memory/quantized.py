@@ -12,6 +12,8 @@ as Nvidia's format, with two levels of scales. Codes are chosen for the scale as
 A block is a run of rows within one column, of the length above or, where the rows cannot be cut into such blocks, of
 the next smaller length that cuts them evenly; a few rows of zeros at the end make up for what is left.
 
+A block that holds a number that is not finite gets the scale NaN, so all of it dequantizes to NaN.
+
 fp8 numbers are kept as their bits, in uint8: a backend without fp8 arithmetic would widen fp8 arrays that pass through
 a loop, all blocks of a stack at once and not only the one that is at work.
 
@@ -48,6 +50,10 @@ FP8 = jnp.float8_e4m3fn
 FP8_LARGEST, FP8_SMALLEST = 448.0, 2.0**-9
 # Scales stay normal numbers: subnormal ones are zero on some devices, and blocks of zeros need one to divide by too.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+# A hair below the largest float32, so that code times scale does not round to inf.
+LARGEST_WEIGHT = float(np.finfo(np.float32).max) * (1 - 2.0**-20)
+# Above this the inverse of a divisor is subnormal: a division that is done as a product would give 0.
+LARGEST_DIVISOR = 2.0**125
 
 
 class _Scheme(NamedTuple):
@@ -110,19 +116,27 @@ def quantize(w_LIO: Any, fmt: str) -> QuantizedTensor:
     scheme = _scheme(fmt)
     rows = w_LIO.shape[-2]
     w_LCKO = _cut(jnp.asarray(w_LIO, jnp.float32), *_blocks(rows, scheme))
-    scale_LCO = jnp.max(jnp.abs(w_LCKO), axis=-2) / scheme.largest
+    scale_LCO = jnp.minimum(largest(w_LCKO, axis=-2), LARGEST_WEIGHT) / scheme.largest
     if scheme.levels is None:
         scale_LCO = jnp.maximum(scale_LCO, SMALLEST_SCALE)
         payload_LCKO = _encode(w_LCKO / scale_LCO[..., None, :], fmt)
         payload_LCKO = payload_LCKO if fmt == "int8" else _bits(payload_LCKO)
         return QuantizedTensor(_uncut(payload_LCKO), scale_LCO, fmt=fmt, rows=rows)
-    scale2 = jnp.max(scale_LCO, axis=(-2, -1), keepdims=True) / FP8_LARGEST
+    fine_LCO = ~jnp.isnan(scale_LCO)
+    scale2 = jnp.max(jnp.where(fine_LCO, scale_LCO, 0.0), axis=(-2, -1), keepdims=True) / FP8_LARGEST
     scale2 = jnp.maximum(scale2, SMALLEST_SCALE / FP8_SMALLEST)
-    scale_LCO = jnp.clip(scale_LCO / scale2, FP8_SMALLEST, FP8_LARGEST).astype(FP8)
-    w_LCKO = w_LCKO / (scale_LCO.astype(jnp.float32) * scale2)[..., None, :]
+    scale_LCO = jnp.where(fine_LCO, jnp.clip(scale_LCO / scale2, FP8_SMALLEST, FP8_LARGEST), jnp.nan).astype(FP8)
+    divisor_LCO = scale_LCO.astype(jnp.float32) * scale2
+    smaller = jnp.where(scale2 > LARGEST_DIVISOR / FP8_LARGEST, 2.0**-10, 1.0)
+    w_LCKO = w_LCKO * smaller[..., None] / (divisor_LCO * smaller)[..., None, :]
     codes_LCKO = _nf4_codes(w_LCKO) if fmt == "nf4" else _e2m1_codes(w_LCKO)
     low_LCPO, high_LCPO = jnp.split(codes_LCKO, 2, axis=-2)
     return QuantizedTensor(_uncut(low_LCPO | high_LCPO << 4), _bits(scale_LCO), scale2, fmt=fmt, rows=rows)
+
+
+def largest(x: jax.Array, axis: int) -> jax.Array:
+    """The largest magnitude along an axis; NaN where one is not finite, which the maximum itself may pass over."""
+    return jnp.where(jnp.isfinite(x).all(axis), jnp.abs(x).max(axis), jnp.nan)
 
 
 def dequantize(q: QuantizedTensor, dtype: Any) -> jax.Array:
@@ -222,7 +236,7 @@ def _native(x_NI: jax.Array, q: QuantizedTensor) -> jax.Array:
     def add(y_NO: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]):
         x_KN, payload_KO, scale_O = block
         x_KN = x_KN.astype(jnp.float32)
-        scale_N = jnp.maximum(jnp.max(jnp.abs(x_KN), axis=0) / scheme.largest, SMALLEST_SCALE)
+        scale_N = jnp.maximum(largest(x_KN, axis=0) / scheme.largest, SMALLEST_SCALE)
         codes_NK = _encode(x_KN / scale_N, q.fmt).T
         product_NO = jnp.matmul(codes_NK, _codes(payload_KO, q.fmt), preferred_element_type=sums)
         return y_NO + product_NO.astype(jnp.float32) * scale_N[:, None] * scale_O, None

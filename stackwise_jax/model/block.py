@@ -28,6 +28,7 @@ from stackwise_jax.model.mla import MLASpec
 from stackwise_jax.model.mlp import init_mlp, mlp, mlp_shapes
 from stackwise_jax.model.norm import init_norm, rms_norm
 from stackwise_jax.model.spec import Params, dtype_of, module_params, require, size_of, unbound
+from stackwise_jax.random_streams import root_key
 
 ATTENTION_TYPES = (*SHAPES,)
 ATTENTION_IMPLEMENTATIONS = get_args(AttentionImplementation)
@@ -296,7 +297,7 @@ class Block(nn.Module):
 @functools.cache
 def _shapes(block: Block) -> Params:
     """The shapes of a block's parameters."""
-    return jax.eval_shape(block.init_params, jax.random.key(0))
+    return jax.eval_shape(block.init_params, root_key(0))
 
 
 def check_mode(mode: str) -> str:

@@ -17,11 +17,10 @@ from stackwise_jax.model.norm import init_norm, rms_norm
 from stackwise_jax.model.spec import Params, call, dtype_of, require
 from stackwise_jax.model.stack import Stack
 from stackwise_jax.model.time import check_time, embed_time, init_time
+from stackwise_jax.random_streams import Stream, stream_key
 
 if TYPE_CHECKING:
     from stackwise_jax.model.rack import Rack
-
-EMBED, HEAD, BLOCKS = 0, 1, 2  # streams folded into a run's root key
 
 
 def stack_name(index: int) -> str:
@@ -37,7 +36,7 @@ def init_embed(rack: Rack, key: jax.Array) -> Params:
     init functions take the run's root key.
     """
     std = rack.init_std * (1.0 if rack.tie_embeddings else rack.d_model**0.5)
-    params = {"embedding": _normal(rack, jax.random.fold_in(key, EMBED), (rack.vocab_size, rack.d_model), std)}
+    params = {"embedding": _normal(rack, stream_key(key, Stream.EMBED), (rack.vocab_size, rack.d_model), std)}
     return params if rack.time_embedding == "none" else params | {"time": init_time(rack)}
 
 
@@ -48,7 +47,7 @@ def init_head(rack: Rack, key: jax.Array) -> Params:
         return {"norm": norm}
     return {
         "norm": norm,
-        "kernel": _normal(rack, jax.random.fold_in(key, HEAD), (rack.d_model, rack.vocab_size), rack.init_std),
+        "kernel": _normal(rack, stream_key(key, Stream.HEAD), (rack.d_model, rack.vocab_size), rack.init_std),
     }
 
 
@@ -60,7 +59,7 @@ def init_stack(rack: Rack, index: int, key: jax.Array) -> Params:
 
 def init_stack_blocks(stack: Stack, first_block: int | jax.Array, key: jax.Array) -> Params:
     """The parameters of a stack whose first block is the rack's block `first_block`, which may be traced."""
-    return stack.init_params(jax.random.fold_in(key, BLOCKS), first_block)
+    return stack.init_params(stream_key(key, Stream.BLOCKS), first_block)
 
 
 def init_rack(rack: Rack, key: jax.Array) -> Params:

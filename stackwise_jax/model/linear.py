@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from stackwise_jax.memory.quantized import Implementation, QuantizedTensor, dequantize, matmul
 from stackwise_jax.model.spec import Params, dtype_of
+from stackwise_jax.random_streams import root_key
 
 if TYPE_CHECKING:
     from stackwise_jax.model.block import Block
@@ -100,7 +101,7 @@ def bound_kernel(kernel_IO: jax.Array, limit: float) -> jax.Array:
 def _bound(kernel_IO: jax.Array, limit: float) -> jax.Array:
     """min(1, limit / sigma) of a float32 matrix."""
     fixed_IO = jax.lax.stop_gradient(kernel_IO)
-    v_O = _unit(jax.random.normal(jax.random.key(0), kernel_IO.shape[1:]))
+    v_O = _unit(jax.random.normal(root_key(0), kernel_IO.shape[1:]))
     with jax.default_matmul_precision("highest"):
         improve = lambda _, v_O: _unit(_unit(fixed_IO @ v_O) @ fixed_IO)
         v_O = jax.lax.fori_loop(0, POWER_ITERATIONS, improve, v_O)

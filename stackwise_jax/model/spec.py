@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.core.scope import LazyRng
 
 from stackwise_jax.errors import UsageError
+from stackwise_jax.random_streams import root_key
 
 Params = dict[str, Any]
 M = TypeVar("M", bound=nn.Module)
@@ -83,7 +84,7 @@ def call(module: nn.Module, params: Params, *args: Any, method: str | None = Non
 
 def count(make: Callable[[jax.Array], Params]) -> int:
     """How many numbers the tree `make(key)` holds; nothing is allocated."""
-    return size_of(jax.eval_shape(lambda: make(jax.random.key(0))))
+    return size_of(jax.eval_shape(lambda: make(root_key(0))))
 
 
 def size_of(tree: Any) -> int:

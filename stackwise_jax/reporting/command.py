@@ -14,6 +14,7 @@ import jax
 
 from stackwise_jax.checkpoint import plain
 from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.random_streams import fix_settings
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 
@@ -48,7 +49,9 @@ def run_command(
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in argv, "--debug" in argv  # known even when the parser fails
     try:
-        answer = main(_parse(parser, argv))
+        args = _parse(parser, argv)
+        fix_settings()
+        answer = main(args)
         if as_json and answer is not None:
             print_json(answer)
         sys.stdout.flush()

@@ -16,7 +16,7 @@ import numpy as np
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import Rack, functional
 from stackwise_jax.objectives.batch import Vocab
-from stackwise_jax.sampling.filters import Filters, allowed_ids, sample_ids
+from stackwise_jax.sampling.filters import NO_ID, Filters, allowed_ids, check_ids, sample_ids
 from stackwise_jax.sampling.prompt import padded_row
 
 
@@ -53,6 +53,7 @@ def generate_causal(
 
     Raises:
         UsageError: an empty prompt or an argument out of its range.
+        RunError: the model's logits are not numbers.
     """
     filters = Filters(temperature, top_k, top_p)
     if max_tokens < 0:
@@ -64,7 +65,7 @@ def generate_causal(
     stops_V = np.isin(np.arange(rack.vocab_size), stop_ids)
     arrays = (prompt_S[None], n_prompt, key, allowed_V, stops_V)
     new_N, n_new = _decode(rack, params, *arrays, max_tokens=max_tokens, filters=filters)
-    return np.concatenate([prompt_S[:n_prompt], np.asarray(new_N)[: int(n_new)]])
+    return np.concatenate([prompt_S[:n_prompt], check_ids(np.asarray(new_N)[: int(n_new)])])
 
 
 @partial(jax.jit, static_argnames=("rack", "max_tokens", "filters"))
@@ -79,7 +80,7 @@ def _decode(rack, params, prompt_1S, n_prompt, key, allowed_V, stops_V, *, max_t
         n, token, _, new_N, caches = state
         logits_11V, caches = functional.decode(rack, params, token[None, None], (n_prompt + n - 1)[None, None], caches)
         token = sample_ids(jax.random.fold_in(key, n), logits_11V[0, 0], allowed_V, filters)
-        return n + 1, token, stops_V[token], new_N.at[n].set(token), caches
+        return n + 1, token, stops_V[token] | (token == NO_ID), new_N.at[n].set(token), caches
 
     # The prompt fills the caches; its last token runs again as the first step, so that logits are needed of single
     # tokens only. What it and the padding behind it leave in the caches is not looked at before a new token overwrites

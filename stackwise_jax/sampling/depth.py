@@ -19,7 +19,7 @@ from stackwise_jax.engine.programs import bare
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import Rack, embed_tokens, logits, run_stacks, stack_name
 from stackwise_jax.objectives.batch import Vocab
-from stackwise_jax.sampling.filters import Filters, allowed_ids
+from stackwise_jax.sampling.filters import Filters, allowed_ids, check_ids
 from stackwise_jax.sampling.prompt import MaskedRow, masked_row
 from stackwise_jax.sampling.settle import Order, check_order, settle
 
@@ -101,6 +101,7 @@ def generate_depth(
     Raises:
         UsageError: an empty prompt, an argument out of its range, levels that do not fit the rack, or a rack that takes
             the hidden share as an input.
+        RunError: the model's logits are not numbers.
     """
     filters = Filters(temperature, top_k, top_p)
     check_order(order)
@@ -109,7 +110,7 @@ def generate_depth(
     counts_K = depth_counts(length, levels)
     allowed_V = allowed_ids(vocab, rack.vocab_size, also=(vocab.eos_id,))
     how = {"rack": rack, "filters": filters, "order": order, "allowed_V": allowed_V}
-    return np.asarray(_descend(rack, params, row, counts_K, key, attention_mode, how))[: row.n_real]
+    return check_ids(np.asarray(_descend(rack, params, row, counts_K, key, attention_mode, how))[: row.n_real])
 
 
 def _check_fits(rack: Rack, levels: Sequence[float]) -> None:

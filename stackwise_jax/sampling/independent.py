@@ -18,7 +18,7 @@ from stackwise_jax.engine.programs import bare
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import Rack
 from stackwise_jax.objectives.batch import Vocab
-from stackwise_jax.sampling.filters import Filters, allowed_ids
+from stackwise_jax.sampling.filters import Filters, allowed_ids, check_ids
 from stackwise_jax.sampling.prompt import masked_row
 from stackwise_jax.sampling.settle import Order, check_order
 from stackwise_jax.sampling.unmask import fill, spread_steps
@@ -100,6 +100,7 @@ def generate_independent(
     Raises:
         UsageError: no experts, an interval that is none, an order other than falling noise, an empty prompt, or an
             argument out of its range.
+        RunError: the model's logits are not numbers.
     """
     filters = Filters(temperature, top_k, top_p)
     check_order(order)
@@ -122,7 +123,7 @@ def generate_independent(
         arrays = (*state, row.segment_ids_1T, row.n_hideable, counts_S, ends_S, keys_S, allowed_V)
         how = {"filters": filters, "order": order, "attention_mode": attention_mode}
         state = fill(_bare_rack(rack), params, *arrays, **how)
-    return np.asarray(state[0])[: row.n_real]
+    return check_ids(np.asarray(state[0])[: row.n_real])
 
 
 def _bare_rack(rack: Rack) -> Rack:

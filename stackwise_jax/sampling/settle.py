@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stackwise_jax.errors import UsageError
-from stackwise_jax.sampling.filters import Filters, sample_ids
+from stackwise_jax.sampling.filters import Filters, filter_logits, sample_ids
 
 Order = Literal["confidence", "random", "entropy", "margin"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -39,11 +39,11 @@ def sureness(
     """
     if order == "random":
         return jax.random.uniform(key, drawn_T.shape)
-    log_probs_TV = jax.nn.log_softmax(jnp.where(allowed_V, logits_TV, -jnp.inf))
+    log_probs_TV = jax.nn.log_softmax(filter_logits(logits_TV, allowed_V, Filters()))
     if order == "confidence":
         return jnp.take_along_axis(log_probs_TV, drawn_T[:, None], axis=1)[:, 0]
     if order == "entropy":
-        return jnp.where(allowed_V, jnp.exp(log_probs_TV) * log_probs_TV, 0.0).sum(-1)
+        return jnp.where(log_probs_TV > -jnp.inf, jnp.exp(log_probs_TV) * log_probs_TV, 0.0).sum(-1)
     best_T2 = jax.lax.top_k(jnp.exp(log_probs_TV), 2)[0]
     return best_T2[:, 0] - best_T2[:, 1]
 
@@ -65,6 +65,8 @@ def settle(
     """
     token_key, order_key = jax.random.split(key)
     drawn_T = sample_ids(token_key, logits_TV, allowed_V, filters)
-    sure_T = jnp.where(open_T, sureness(logits_TV, drawn_T, order_key, allowed_V, order), -jnp.inf)
+    # However unsure, what is open comes before what is not.
+    sure_T = jnp.nan_to_num(sureness(logits_TV, drawn_T, order_key, allowed_V, order), nan=-jnp.inf)
+    sure_T = jnp.where(open_T, jnp.maximum(sure_T, jnp.finfo(jnp.float32).min), -jnp.inf)
     settled_T = open_T & (jnp.argsort(jnp.argsort(sure_T, descending=True)) < count)
     return jnp.where(settled_T, drawn_T, tokens_T), settled_T

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from stackwise_jax.config.schema import ObjectiveKind
@@ -15,6 +14,7 @@ from stackwise_jax.data import Tokenizer
 from stackwise_jax.engine import LoadedRun, vocab_of
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import Rack
+from stackwise_jax.random_streams import Stream, root_key, stream_key
 from stackwise_jax.sampling.causal import generate_causal
 from stackwise_jax.sampling.depth import generate_depth, levels_fall
 from stackwise_jax.sampling.independent import Expert, generate_independent, intervals_fall
@@ -79,7 +79,7 @@ def sample(
     """
     prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    how |= {"vocab": vocab_of(tokenizer), "key": jax.random.key(seed % 2**32)}
+    how |= {"vocab": vocab_of(tokenizer), "key": stream_key(root_key(seed % 2**32), Stream.SAMPLING)}
     if objective_kind == "clm":
         given = {"steps": steps, "block_size": block_size, "order": order}
         _refuse(given, "the model was trained left to right (clm) and has no masks to fill")

@@ -18,7 +18,7 @@ from stackwise_jax.curriculum.phase import AttentionMode
 from stackwise_jax.errors import UsageError
 from stackwise_jax.model import Rack
 from stackwise_jax.objectives.batch import Vocab
-from stackwise_jax.sampling.filters import Filters, allowed_ids
+from stackwise_jax.sampling.filters import Filters, allowed_ids, check_ids
 from stackwise_jax.sampling.prompt import masked_row
 from stackwise_jax.sampling.settle import Order, check_order, settle
 
@@ -145,6 +145,7 @@ def generate_unmask(
 
     Raises:
         UsageError: an empty prompt or an argument out of its range.
+        RunError: the model's logits are not numbers.
     """
     filters = Filters(temperature, top_k, top_p)
     check_order(order)
@@ -156,7 +157,7 @@ def generate_unmask(
         allowed_V = allowed_ids(vocab, rack.vocab_size, also=(vocab.eos_id,))
         arrays = (tokens_T, row.masked_T, row.segment_ids_1T, row.n_hideable, *passes, allowed_V)
         tokens_T, _ = fill(rack, params, *arrays, filters=filters, order=order, attention_mode=attention_mode)
-    return np.asarray(tokens_T)[: row.n_real]
+    return check_ids(np.asarray(tokens_T)[: row.n_real])
 
 
 @partial(jax.jit, static_argnames=("rack", "filters", "order", "attention_mode"))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from stackwise_jax.kernels.linear_attention.api import Implementation, linear_attention
 from stackwise_jax.kernels.linear_attention.arg_specs import ArgSpec, make_args
 from stackwise_jax.kernels.measure import Compiled, compiled
+from stackwise_jax.random_streams import root_key
 
 
 def compile_linear_attention(spec: ArgSpec, implementation: Implementation, *, maps: bool, backward: bool) -> Compiled:
@@ -15,8 +16,8 @@ def compile_linear_attention(spec: ArgSpec, implementation: Implementation, *, m
 
     maps: it makes the features itself, exp(w . x - |x|^2) of queries and keys; else it is given them.
     """
-    args = make_args(spec, spec.size if maps else spec.features, jax.random.key(0))
-    matrix_NM = jax.random.normal(jax.random.key(1), (spec.size, spec.features))
+    args = make_args(spec, spec.size if maps else spec.features, root_key(0))
+    matrix_NM = jax.random.normal(root_key(1), (spec.size, spec.features))
 
     def features(x_BTHN: jax.Array) -> jax.Array:
         if not maps:

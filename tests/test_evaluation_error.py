@@ -1,0 +1,45 @@
+"""The standard error of an evaluation against the spread that it claims to tell."""
+
+import math
+
+import numpy as np
+import pytest
+
+from stackwise_jax.evaluation.held_out import standard_error
+
+TRIALS = 600
+
+
+def drawn(rng, n_draws, n_batches, kind):
+    """The sums of each batch in each draw: batches of unlike mean and spread, and for mlm unlike numbers of bytes."""
+    sizes_N = np.linspace(50, 150, n_batches)
+    noise_DN = rng.exponential(size=(n_draws, n_batches)) if kind == "skewed" else rng.normal(size=(n_draws, n_batches))
+    bytes_DN = np.tile(1000.0 + 10 * sizes_N, (n_draws, 1))
+    if kind == "mlm":
+        bytes_DN = rng.poisson(150, size=(n_draws, n_batches)).astype(float)
+    nll_DN = bytes_DN * np.linspace(1.0, 2.0, n_batches) + sizes_N * noise_DN
+    return [[{"nll": n, "bytes": b} for n, b in zip(*row, strict=True)] for row in zip(nll_DN, bytes_DN, strict=True)]
+
+
+def bits(sums_DN):
+    ratio = [sum(batch["nll"] for batch in row) / sum(batch["bytes"] for batch in row) for row in sums_DN]
+    return float(np.mean(ratio)) / math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("n_draws", "n_batches", "kind"),
+    [(2, 12, "normal"), (2, 40, "skewed"), (4, 12, "skewed"), (3, 12, "mlm"), (2, 1, "normal"), (3, 2, "normal")],
+)
+def test_the_standard_error_is_that_of_many_evaluations(n_draws, n_batches, kind):
+    rng = np.random.default_rng(0)
+    trials = [drawn(rng, n_draws, n_batches, kind) for _ in range(TRIALS)]
+    spread, errors = np.std([bits(sums_DN) for sums_DN in trials]), np.array(list(map(standard_error, trials)))
+    assert errors.mean() == pytest.approx(spread, rel=0.1)
+    if n_batches >= 12:  # and a single one is not far off, as that of two figures would be
+        assert np.mean(np.abs(errors / spread - 1) < 0.35) > 0.85
+
+
+def test_one_draw_says_nothing_of_it_and_equal_draws_have_none():
+    sums_DN = drawn(np.random.default_rng(0), 1, 5, "normal")
+    assert standard_error(sums_DN) is None
+    assert standard_error(sums_DN * 3) == pytest.approx(0.0, abs=1e-12)
