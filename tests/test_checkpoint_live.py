@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from processes import arguments, environment, finish, start
+from processes import SHORT, arguments, environment, finish, start
 
 from stackwise_jax.checkpoint import MetricsLog, Progress, Store, arrays, items
 from stackwise_jax.errors import RunError, UsageError
@@ -242,6 +242,18 @@ def test_commands_beside_a_trainer_that_keeps_one_record_all_succeed(tmp_path):
     finally:
         trainer.kill()
         trainer.communicate()
+
+
+@pytest.mark.slow
+def test_commands_work_in_a_directory_of_any_name(tmp_path):
+    run, out, env = tmp_path / "a[1]*?\\b" / "run", tmp_path / "c[2]", environment(compiled=tmp_path / "compiled")
+    finish(start("train", *arguments(SHORT, dir=run), env=env))
+    finish(start("convert", str(run), str(out), "--format", "int8", env=env))
+    for directory in (run, out):
+        finish(start("evaluate", str(directory), env=env))
+        finish(start("inspect", str(directory), "--norms", env=env))
+    moved = run.rename(tmp_path / "b]\\[")
+    finish(start("generate", str(moved), "--prompt", "1", "--max_tokens", "2", env=env))
 
 
 # metrics.jsonl under a run.

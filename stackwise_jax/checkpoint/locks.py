@@ -107,6 +107,8 @@ def lock_for_reading(record: Path) -> int | None:
         descriptor = os.open(record, os.O_RDONLY | SAFELY)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise RunError(f"{record} cannot be read: {error.strerror}") from error
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -164,6 +164,7 @@ class Store:
                 return progress
             if time.monotonic() > end:
                 raise RunError(f"the run writes {self.directory} faster than it can be read; raise run.save_every")
+            time.sleep(0.01)
         return None
 
     def records(self) -> list[int]:
