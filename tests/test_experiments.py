@@ -30,6 +30,11 @@ def run(script: str, *options: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
+def test_strangers_are_refused():
+    assert run("trust/strangers.py") == {"tries": 2, "faults": []}
+
+
 def test_engine_does_what_the_bare_step_does():
     # The benchmark itself compares the losses of both before it times them.
     result = run("bench_engine.py")

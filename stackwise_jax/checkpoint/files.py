@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stackwise_jax.errors import RunError
+from stackwise_jax.files import read_regular, write_atomically
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_TEXTS = ("No space left", "quota exceeded", "File too large", "RESOURCE_EXHAUSTED")
+LINK = "is a symbolic link, which is not followed inside a run; put what it points to in its place, or remove it"
+
+# A pipe does not block, a link is not followed, and a child process does not inherit the descriptor.
+SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @contextlib.contextmanager
@@ -33,7 +39,7 @@ def writing(path: Path) -> Iterator[None]:
     # TensorStore reports a failed write as OSError, ValueError or XlaRuntimeError, depending on where it happens.
     except (OSError, ValueError, RuntimeError) as error:
         full = getattr(error, "errno", None) in FULL_DISK or any(text in str(error) for text in FULL_DISK_TEXTS)
-        why = "the disk is full; free space and" if full else f"{brief(error)}; mend that and"
+        why = "the disk is full; free space and" if full else f"{brief(error)}; remove the cause and"
         raise RunError(
             f"cannot write {path}: {why} run the same command again (what was saved before is intact)"
         ) from error
@@ -59,57 +65,102 @@ def brief(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def sync(path: Path) -> None:
-    """Have the kernel write a file or a directory's list of names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, data: dict) -> None:
-    """Write {"sha256", "data"} to a temporary file, force it to the disk, rename it to `path`."""
+    """Write {"sha256", "data"}; the file is there whole or not at all. Raises what the file system raises."""
     text = json.dumps(data, sort_keys=True)
     body = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "data": data}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(body, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    write_atomically(path, json.dumps(body, indent=1))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read what `write_json` wrote.
 
     Raises:
-        RunError: the file is missing, unreadable, or not what was written.
+        RunError: the file is missing, a symbolic link, too large, unreadable, or not what was written.
     """
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(read_regular(path, follow=False))
         text = json.dumps(body["data"], sort_keys=True)
         if hashlib.sha256(text.encode()).hexdigest() != body["sha256"]:
             raise ValueError("its checksum does not fit its content")
+        if not isinstance(body["data"], dict):
+            raise ValueError("its data is no mapping")
         return body["data"]
     except FileNotFoundError:
         raise RunError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or brief(error)}") from error
+    except KeyError as error:
+        raise RunError(f"{path} is damaged: it has no {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {brief(error)}") from error
 
 
+def refuse_links(root: Path, path: Path) -> None:
+    """Refuse a path in `root` if `root` or anything on the way from it to `path` is a symbolic link.
+
+    A run directory may be somebody else's. What a link in it points to would be read, overwritten or deleted there.
+
+    Raises:
+        RunError: which one is a link.
+    """
+    for part in (path, *path.parents):
+        if stat.S_ISLNK(_mode(part)):
+            raise RunError(f"{part} {LINK}")
+        if part == root:
+            return
+
+
+def _mode(path: Path) -> int:
+    """What kind of thing a path is; 0 where nothing is."""
+    try:
+        return path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or brief(error)}") from error
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of the run for writing, or make it; a descriptor.
+
+    Raises:
+        RunError: it is a symbolic link or no regular file.
+        OSError: it cannot be opened.
+    """
+    if path.is_symlink():
+        raise RunError(f"{path} {LINK}")
+    descriptor = os.open(path, flags | os.O_CREAT | SAFELY, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RunError(f"{path} is not a regular file; remove it")
+    return descriptor
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is what stands at `path`."""
+    try:
+        here, there = os.fstat(descriptor), os.lstat(path)
+    except OSError:
+        return False
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
 def remove_tree(path: Path) -> None:
-    """Remove a directory so that at no moment a part of it stands under its name."""
+    """Remove a directory so that at no moment a part of it stands under its name; of a link only the link itself."""
     doomed = path if path.name.endswith(".tmp") else path.with_name(path.name + ".tmp")
     if doomed != path:
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(doomed)
         os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
+        shutil.rmtree(path)
+    elif mode:
+        path.unlink()
 
 
 def plain(value: Any) -> Any:

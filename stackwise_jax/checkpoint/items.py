@@ -1,20 +1,14 @@
-"""One saved tree: a directory that holds the arrays (Orbax) and meta.json, and appears whole or not at all.
+"""One saved tree: a directory that holds the arrays and meta.json, and appears whole or not at all.
 
 meta.json lists every leaf with shape and dtype, so that these are known without reading arrays, and every file with its
-sha256, so that damage is noticed before anything is read from it.
+sha256, so that damage is noticed before anything is read from it. A file that it does not list is refused.
 """
 
 from __future__ import annotations
 
-import functools
-import gc
 import hashlib
 import json
-import logging
 import os
-import shutil
-import sys
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,20 +17,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from stackwise_jax.checkpoint.files import brief, by_first_process, read_json, sync, write_json, writing
+from stackwise_jax.checkpoint import fields
+from stackwise_jax.checkpoint.arrays import ARRAYS, READ_BACK, Read, Sizes, check_arrays, nested, raw, save_arrays
+from stackwise_jax.checkpoint.fields import Wrong, expect, is_table
+from stackwise_jax.checkpoint.files import LINK, brief, by_first_process, read_json, remove_tree, write_json, writing
 from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.files import sync
 from stackwise_jax.memory.hashing import is_whole_here, leaf_name, named_leaves
 from stackwise_jax.memory.placement import HOST_MEMORY
 
-ARRAYS, META = "arrays", "meta.json"
-LARGE = 2**25  # bytes
+META = "meta.json"
 
 
 def save_tree(path: Path, tree: Any, meta: dict) -> None:
     """Save a tree of arrays (any pytree container) and a JSON-able `meta` as the new directory `path`.
 
     Every process calls this. Leaves that a process sees whole are copied to the host and written by process 0; those
-    that are sharded over several processes are written by all.
+    that are sharded over several processes are written by all. What was written is checked before it gets its name.
 
     Raises:
         RunError: the disk is full or not writable; nothing then stands at `path`.
@@ -48,13 +45,11 @@ def save_tree(path: Path, tree: Any, meta: dict) -> None:
             by_first_process(lambda: _make_empty(temporary))
             # Orbax takes neither an empty tree nor an empty array; the table of leaves is enough for those.
             if arrays := {name: leaf for name, leaf in leaves.items() if leaf.size}:
-                _save_arrays(temporary / ARRAYS, _nested(arrays))
-                _release(arrays.values())
-            table = {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in leaves.items()}
-            by_first_process(lambda: _complete(temporary, path, {"meta": meta, "leaves": table}))
+                save_arrays(temporary / ARRAYS, arrays)
+            by_first_process(lambda: _complete(temporary, path, meta, leaves))
     except RunError:
         if jax.process_index() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _discard(temporary)
         raise
 
 
@@ -67,20 +62,23 @@ def load_tree(path: Path, like: Any = None) -> Any:
             sharding, its place (any sharding and memory kind). None: nested dicts of numpy arrays as they were saved.
 
     Raises:
-        RunError: a file is missing or damaged.
+        RunError: a file is missing, damaged or not listed.
         UsageError: the saved tree does not fit `like`.
     """
     saved = _read(path)
     table, targets = saved["leaves"], named_leaves(like)
     if like is not None:
         _check_fit(path, table, targets)
+    sizes = check_complete(path, saved)
+    if stray := sorted(sizes.keys() - saved["files"].keys()):  # Orbax reads a `checkpoint` beside arrays before them
+        raise RunError(f"{path / stray[0]} is not part of the checkpoint ({META} does not list it); remove that file")
     _check_files(path, saved["files"])
+    reads = check_arrays(path, table, sizes)
     if like is None:
-        return _nested(_read_leaves(path, table, {}))
-    leaves = _read_leaves(path, table, targets)
+        return nested({name: _leaf(path, entry, reads.get(name), None) for name, entry in table.items()})
     paths, treedef = jax.tree_util.tree_flatten_with_path(like)
-    placed = [_place(leaves.pop(leaf_name(key)), target) for key, target in paths]
-    return jax.tree_util.tree_unflatten(treedef, placed)
+    names = [(leaf_name(key), target) for key, target in paths]
+    return treedef.unflatten([_leaf(path, table[name], reads.get(name), target) for name, target in names])
 
 
 def read_meta(path: Path) -> dict:
@@ -99,7 +97,24 @@ def read_shapes(path: Path) -> dict:
         RunError: meta.json is missing or damaged.
     """
     table = _read(path)["leaves"]
-    return _nested({n: jax.ShapeDtypeStruct(tuple(e["shape"]), np.dtype(e["dtype"])) for n, e in table.items()})
+    return nested({n: jax.ShapeDtypeStruct(tuple(e["shape"]), np.dtype(e["dtype"])) for n, e in table.items()})
+
+
+def check_complete(path: Path, saved: dict | None = None) -> Sizes:
+    """The files of an item with their sizes, if those that meta.json lists are all there.
+
+    Args:
+        saved: the content of meta.json, where it has been read already.
+
+    Raises:
+        RunError: a file is missing, or something is a link or neither a file nor a directory.
+    """
+    listed = (saved or _read(path))["files"]
+    found = _walk(path)
+    found.pop(META, None)
+    if missing := sorted(listed.keys() - found.keys()):
+        raise RunError(f"{path / missing[0]} is missing")
+    return found
 
 
 def holds_same(path: Path, tree: Any, meta: dict) -> bool:
@@ -112,30 +127,77 @@ def holds_same(path: Path, tree: Any, meta: dict) -> bool:
     if not all(map(is_whole_here, leaves.values())) or _text(saved["meta"]) != _text(meta):
         return False
     hosts = {name: _to_host(leaf) for name, leaf in leaves.items()}
-    table = {name: {"shape": host.shape, "dtype": host.dtype.name} for name, host in hosts.items()}
-    if _text(table) != _text(saved["leaves"]):
+    if _text(_table(hosts)) != _text(saved["leaves"]):
         return False
     present = named_leaves(load_tree(path))
-    return all(np.array_equal(_raw(host), _raw(present[name])) for name, host in hosts.items())
+    return all(np.array_equal(raw(host), raw(present[name])) for name, host in hosts.items())
 
 
 def _make_empty(directory: Path) -> None:
     with writing(directory):
-        shutil.rmtree(directory, ignore_errors=True)
+        _discard(directory)
         directory.mkdir(parents=True)
 
 
-def _complete(temporary: Path, path: Path, body: dict) -> None:
-    """Write meta.json, force everything to the disk, and give the directory its name."""
+def _discard(directory: Path) -> None:
+    """Remove what a save left half done; the failure that ended it is what is told."""
+    if os.path.lexists(directory):
+        remove_tree(directory)
+
+
+def _complete(temporary: Path, path: Path, meta: dict, leaves: dict[str, Any]) -> None:
+    """Write meta.json, check what was written, force everything to the disk, and give the directory its name."""
     with writing(path):
-        files = [entry for entry in temporary.rglob("*") if entry.is_file()]
-        names = [file.relative_to(temporary).as_posix() for file in files]
+        sizes = _walk(temporary)
         with ThreadPoolExecutor(32) as pool:  # side by side, the waits for the disk become one
-            digests = dict(zip(names, pool.map(_file_digest, files), strict=True))
-            write_json(temporary / META, body | {"files": digests})
+            files = dict(zip(sizes, pool.map(lambda name: _file_digest(temporary / name), sizes), strict=True))
+            write_json(temporary / META, {"meta": meta, "leaves": _table(leaves), "files": files})
+            _check_written(temporary, sizes, leaves)
             list(pool.map(sync, temporary.rglob("*")))
         os.rename(temporary, path)
         sync(path.parent)
+
+
+def _check_written(path: Path, sizes: Sizes, leaves: dict[str, Any]) -> None:
+    """All that loading asks of an item, and the smallest leaves bit by bit.
+
+    The rest was written by the same calls and has the right names and sizes; to read it back would take as long, and
+    as much memory, as to load it.
+    """
+    table = _read(path)["leaves"]
+    reads, left = check_arrays(path, table, sizes), READ_BACK
+    for name in sorted(reads, key=lambda name: leaves[name].nbytes):
+        left -= leaves[name].nbytes
+        if left < 0:
+            return
+        if isinstance(leaves[name], np.ndarray):
+            written = _leaf(path, table[name], reads[name], None)
+            if not np.array_equal(raw(written), raw(leaves[name])):
+                raise RunError(f"{path / ARRAYS}: '{name}' is not what was written; check the disk")
+
+
+def _walk(path: Path) -> Sizes:
+    """The files below a directory, by relative path. Raises RunError for what is neither a file nor a directory."""
+    found: Sizes = {}
+    waiting = [path]
+    try:
+        while waiting:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        raise RunError(f"{entry.path} {LINK}")
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+                    elif entry.is_file(follow_symlinks=False):
+                        name = Path(entry.path).relative_to(path).as_posix()
+                        found[name] = entry.stat(follow_symlinks=False).st_size
+                    else:
+                        raise RunError(f"{entry.path} is neither a file nor a directory; remove it")
+    except FileNotFoundError as error:
+        raise RunError(f"{error.filename} is missing") from None
+    except OSError as error:
+        raise RunError(f"{error.filename} cannot be read: {error.strerror or brief(error)}") from error
+    return found
 
 
 def _file_digest(file: Path) -> str:
@@ -164,19 +226,36 @@ def _check_files(path: Path, files: dict[str, str]) -> None:
         raise RunError(found[0] if found else f"{path} is damaged; another process says where")
 
 
-def _raw(array: np.ndarray) -> np.ndarray:
-    """The bytes of an array, without a copy where they lie in one piece."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
 def _text(data: Any) -> str:
     return json.dumps(data, sort_keys=True)
 
 
+def _table(leaves: dict[str, Any]) -> dict[str, dict]:
+    return {name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for name, leaf in leaves.items()}
+
+
 def _read(path: Path) -> dict:
+    """The content of meta.json. Raises RunError when it is missing, damaged or cannot be true."""
     if not path.is_dir():
         raise RunError(f"{path} is missing")
-    return read_json(path / META)
+    saved = read_json(path / META)
+    try:
+        for field in ("meta", "leaves", "files"):
+            expect(isinstance(saved.get(field), dict), field, saved.get(field))
+        for name, good in fields.IN_META.items():
+            if name in saved["meta"]:
+                expect(good(saved["meta"][name]), f"meta.{name}", saved["meta"][name])
+        for name, entry in saved["leaves"].items():
+            expect(fields.is_leaf(name), "the name of a leaf", name)
+            expect(isinstance(entry, dict), f"leaves.{name}", entry)
+            expect(fields.is_shape(entry.get("shape")), f"leaves.{name}.shape", entry.get("shape"))
+            expect(entry.get("dtype") in fields.DTYPES, f"leaves.{name}.dtype", entry.get("dtype"))
+        for name in saved["files"]:
+            expect(fields.is_file(name), "the name of a file", name)
+        expect(is_table(saved["files"], fields.is_file, fields.is_digest), "files", saved["files"])
+    except (Wrong, TypeError) as error:
+        raise RunError(f"{path / META} is damaged: {error}") from error
+    return saved
 
 
 def _to_host(leaf: Any) -> Any:
@@ -190,18 +269,6 @@ def _to_host(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu":
         leaf = jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY))
     return np.asarray(jax.device_get(leaf))
-
-
-def _nested(leaves: dict[str, Any]) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}"""
-    tree: dict = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def _check_fit(path: Path, table: dict, targets: dict) -> None:
@@ -218,81 +285,25 @@ def _check_fit(path: Path, table: dict, targets: dict) -> None:
             )
 
 
-def _read_leaves(path: Path, table: dict, targets: dict) -> dict[str, Any]:
-    """All leaves as numpy arrays; what a target spreads over processes as jax.Arrays, read shard by shard."""
-    import orbax.checkpoint as ocp
+def _leaf(path: Path, entry: dict, read: Read | None, target: Any) -> Any:
+    """One leaf, cast and moved to where its target says; without a target as a numpy array, as it was saved.
 
-    def restore_args(name: str):
-        sharding = getattr(targets.get(name), "sharding", None)
-        if sharding is None or sharding.is_fully_addressable or sharding.is_fully_replicated:
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        shape = tuple(table[name]["shape"])
-        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=targets[name].dtype)
-
-    empty = {n: np.zeros(e["shape"], np.dtype(e["dtype"])) for n, e in table.items() if 0 in e["shape"]}
-    wanted = _nested({name: restore_args(name) for name in table if name not in empty})
-    restored: Any = {}
-    if wanted:
-        try:
-            with jax.transfer_guard("allow"):
-                restored = _checkpointer().restore(path / ARRAYS, args=ocp.args.PyTreeRestore(restore_args=wanted))
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-            raise RunError(f"{path / ARRAYS} is damaged: {brief(error)}") from error
-    leaves = named_leaves(restored) | empty
-    _release(leaves.values())
-    if leaves.keys() != table.keys():
-        raise RunError(f"{path / ARRAYS} is damaged: its leaves are not those that {META} lists")
-    return leaves
-
-
-def _place(leaf: Any, target: Any) -> Any:
-    """Cast and move a host array to where its target says."""
-    if isinstance(leaf, jax.Array):
-        return leaf
-    with np.errstate(over="ignore"):
-        leaf = leaf.astype(target.dtype, copy=False)
-    sharding = getattr(target, "sharding", None)
-    if sharding is None:
-        return leaf
-    if sharding.is_fully_addressable:
-        return jax.device_put(leaf, sharding)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-
-def _save_arrays(path: Path, tree: dict) -> None:
-    import orbax.checkpoint as ocp
-
-    with jax.transfer_guard("allow"):
-        _checkpointer().save(path, args=ocp.args.PyTreeSave(tree))
-
-
-def _release(arrays: Iterable[Any]) -> None:
-    """Collect what Orbax leaves in cycles, arrays among it, where that is too much to wait for."""
-    if sum(array.nbytes for array in arrays) >= LARGE:
-        gc.collect()
-
-
-def _report_unraisable(report: Callable[[Any], Any], unraisable: Any) -> None:
-    """Report all but one thing: after a failed write TensorStore tells of the other writes to a loop that is closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        report(unraisable)
-
-
-@functools.cache
-def _checkpointer():
-    """One synchronous Orbax checkpointer for the process; its log lines are dropped: what fails is raised.
-
-    It takes no copies of host arrays, which nobody changes meanwhile, and does not compress: random weights shrink by
-    a few percent, quantized ones not at all, and zstd takes several times as long as the disk.
+    Args:
+        read: reads a part of it; None: it is empty.
+        target: what a target spreads over processes is read shard by shard.
     """
-    import orbax.checkpoint as ocp
+    shape, dtype = tuple(entry["shape"]), np.dtype(entry["dtype"])
 
-    sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    # Of several writes that fail together one is raised; asyncio would print the others when they are collected.
-    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
-    handlers = ocp.type_handlers
-    registry = handlers.create_type_handler_registry(
-        (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, handlers.ArrayHandler())
-    )
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry))
+    def part(index: Any) -> np.ndarray:
+        try:
+            array = np.zeros(shape, dtype) if read is None else read(index)
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore raises many kinds for a damaged file
+            raise RunError(f"{path / ARRAYS} is damaged: {brief(error)}") from error
+        with np.errstate(over="ignore"):
+            return array if target is None else array.astype(target.dtype, copy=False)
+
+    sharding = getattr(target, "sharding", None)
+    if sharding is not None and not sharding.is_fully_addressable:
+        return jax.make_array_from_callback(shape, sharding, part)
+    whole = part(tuple(slice(0, n) for n in shape))
+    return whole if sharding is None else jax.device_put(whole, sharding)

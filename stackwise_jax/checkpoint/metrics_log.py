@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 
-from stackwise_jax.checkpoint.files import plain, writing
+from stackwise_jax.checkpoint.files import is_at, open_own, plain, writing
+from stackwise_jax.errors import RunError
+from stackwise_jax.files import read_regular, sync
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ class MetricsLog:
         path: made, with its directory, when it is not there.
 
     Raises:
-        RunError: (every method) the disk is full or not writable.
+        RunError: (every method) the disk is full or not writable, or the path is a link or no regular file.
     """
 
     def __init__(self, path: Path | str):
@@ -31,7 +33,9 @@ class MetricsLog:
         if jax.process_index() == 0:
             with writing(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held until close)
+                descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND)
+                self._file = open(descriptor, "ab", buffering=0)  # noqa: SIM115 (held until close)
+                sync(self.path.parent)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line. Numbers may be numpy or jax scalars; a number that is not finite becomes null."""
@@ -56,16 +60,26 @@ class MetricsLog:
             return
         if (present := self.tell()) < length:
             log.warning("%s holds %d of %d bytes; its earlier rows are lost", self.path, present, length)
-            whole = self.path.read_bytes()
-            length = whole.rfind(b"\n") + 1
+            with writing(self.path):
+                length = read_regular(self.path, limit=None, follow=False).rfind(b"\n") + 1
         with writing(self.path):
             os.ftruncate(self._file.fileno(), length)
 
     def sync(self) -> None:
-        """Force all rows to the disk; called before a progress record that counts them is committed."""
-        if self._file is not None:
-            with writing(self.path):
-                os.fsync(self._file.fileno())
+        """Force all rows to the disk; called before a progress record that counts them is committed.
+
+        Raises:
+            RunError: also when the file was removed or replaced, so that the rows would go nowhere.
+        """
+        if self._file is None:
+            return
+        if not is_at(self._file.fileno(), self.path):
+            raise RunError(
+                f"{self.path} was moved, removed or replaced while this run was writing it; put it back and run the "
+                "same command again, or use another run.dir"
+            )
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

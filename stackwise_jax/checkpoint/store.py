@@ -5,7 +5,9 @@
 
 An item is saved first and counts only once a record that names its version is committed. So a kill at any moment loses
 nothing: what is half done is removed by the next write, what no record names by the next commit. A version that a
-kept record names is never written again.
+kept record names is never written again. What somebody reads is kept until a commit finds that it is no longer read.
+
+A store may be somebody else's: no symbolic link in it is followed, and what records and tables say is checked.
 """
 
 from __future__ import annotations
@@ -13,21 +15,24 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
-from stackwise_jax.checkpoint import items
-from stackwise_jax.checkpoint.files import by_first_process, remove_tree, writing
+from stackwise_jax.checkpoint import fields, items, locks
+from stackwise_jax.checkpoint.files import LINK, brief, by_first_process, refuse_links, remove_tree, writing
+from stackwise_jax.checkpoint.location import PROGRESS, VERSION
 from stackwise_jax.checkpoint.progress import Progress, read_progress, write_progress
 from stackwise_jax.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
 
-PROGRESS = "progress"
-_VERSION = re.compile(r"\d{8}")
 _LEFTOVER = re.compile(r"\d{8}\.tmp")
-_NAME = re.compile(r"(?!\d{8}(/|$))\w[\w-]*(/(?!\d{8}(/|$))\w[\w-]*)*")
+_RECORD = re.compile(r"\d{8}\.json")
+_URL = re.compile("[a-z][a-z0-9+.-]+:")
+NAME_BYTES, PATH_BYTES = 255, 3500  # what file systems take, less what stands below a store
+PATIENCE = 60  # seconds
 
 
 class Store:
@@ -39,6 +44,9 @@ class Store:
     Args:
         directory: made by the first write.
         keep: progress records that stay, newest first; at least 1.
+
+    Raises:
+        UsageError: no store can be in such a directory.
     """
 
     def __init__(self, directory: Path | str, keep: int = 2):
@@ -46,11 +54,13 @@ class Store:
             raise UsageError(f"run.keep is {keep}; write at least 1")
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self._lock = None
+        self._lock: locks.WriteLock | None = None
+        self._reading: weakref.finalize | None = None
+        _check_directory(self.directory)
 
     def path(self, name: str, version: int) -> Path:
         """Where a version of an item lies."""
-        if not _NAME.fullmatch(name) or name.split("/")[0] == PROGRESS:
+        if not fields.is_item(name):
             raise ValueError(f"'{name}' cannot name an item")
         return self.directory / name / f"{version:08d}"
 
@@ -69,6 +79,7 @@ class Store:
                 holds something else. Everything saved before stays.
         """
         path = self.path(name, version)
+        by_first_process(self._open)
         if any((name, version) in record.needed for record in self._valid()):
             if items.holds_same(path, tree, meta):
                 return
@@ -100,7 +111,7 @@ class Store:
     def items(self) -> dict[str, list[int]]:
         """All saved versions by item name, ascending, whether or not a record names them."""
         found: dict[str, list[int]] = {}
-        for path in self._directories(_VERSION):
+        for path in self._directories(VERSION):
             found.setdefault(path.parent.relative_to(self.directory).as_posix(), []).append(int(path.name))
         return {name: sorted(versions) for name, versions in sorted(found.items())}
 
@@ -119,37 +130,83 @@ class Store:
         Raises:
             RunError: there are records and none is sound.
         """
-        numbers = self.records()
-        for number in reversed(numbers):
-            try:
-                return self.read(number)
-            except RunError as error:
-                log.warning("%s; looking for the record before it", error)
-        if numbers:
-            raise RunError(f"no record in {self.directory / PROGRESS} is sound; restore one, or use another run.dir")
+        numbers: list[int] = []
+        for _ in range(locks.ATTEMPTS):
+            numbers = self.records()
+            if not numbers:
+                return None
+            for number in reversed(numbers):
+                try:
+                    return self.read(number)
+                except RunError as error:
+                    if not os.path.lexists(self._record(number)):
+                        break  # the run has gone on and removed it: there are newer ones
+                    log.warning("%s; looking for the record before it", error)
+            else:
+                break
+        raise RunError(f"no record in {self.directory / PROGRESS} is sound; restore one, or use another run.dir")
+
+    def hold(self) -> Progress | None:
+        """`latest` for a reader beside a run that goes on: neither this record nor what it names is removed until
+        `close`, or until this store is collected.
+
+        It needs no right to write. Where the file system has no locks it is `latest`.
+
+        Raises:
+            RunError: there are records and none is sound, or all were removed before they could be read.
+        """
+        end = time.monotonic() + PATIENCE
+        while (progress := self.latest()) is not None:
+            descriptor = locks.lock_for_reading(self._record(progress.number))
+            if descriptor is not None:
+                self._stop_reading()
+                self._reading = weakref.finalize(self, os.close, descriptor)
+                return progress
+            if time.monotonic() > end:
+                raise RunError(f"the run writes {self.directory} faster than it can be read; raise run.save_every")
+            time.sleep(0.01)
         return None
 
     def records(self) -> list[int]:
         """Numbers of the progress records that exist, ascending; `read` finds out whether one is sound."""
-        return sorted(int(path.stem) for path in (self.directory / PROGRESS).glob("[0-9]" * 8 + ".json"))
+        refuse_links(self.directory, self.directory / PROGRESS)
+        try:
+            names = os.listdir(self.directory / PROGRESS)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise _unreadable(error) from error
+        return sorted(int(name.removesuffix(".json")) for name in names if _RECORD.fullmatch(name))
 
     def read(self, number: int) -> Progress:
         """One progress record. Raises RunError when it is missing or damaged."""
-        return read_progress(self._record(number))
+        path = self._record(number)
+        progress = read_progress(path)
+        if progress.number != number:
+            raise RunError(f"{path} is damaged: it is the record {progress.number} under another name")
+        return progress
 
     def lock(self) -> None:
         """Make sure that no other process writes here; the first write does the same. All processes of a run call it.
 
+        The directory is made where it is not there. If nothing is saved before `close`, that removes it again.
+
         Raises:
-            RunError: another run is writing here.
+            RunError: another run is writing here, the directory holds a symbolic link, or it is not writable.
         """
         by_first_process(self._open)
 
     def close(self) -> None:
-        """Let another process write here. The end of the process does the same."""
+        """Let another process write here, or remove what was read. The end of the process does the same."""
+        self._stop_reading()
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading()
+            self._reading = None
 
     def _record(self, number: int) -> Path:
         return self.directory / PROGRESS / f"{number:08d}.json"
@@ -164,69 +221,87 @@ class Store:
         return found
 
     def _directories(self, kind: re.Pattern) -> list[Path]:
-        """Directories whose name fits, at any depth, without looking into versions and leftovers."""
-        found = []
-        for directory, names, _ in os.walk(self.directory):
-            found += [Path(directory, name) for name in names if kind.fullmatch(name)]
-            names[:] = [name for name in names if not (_VERSION.fullmatch(name) or _LEFTOVER.fullmatch(name))]
+        """Directories whose name fits, at any depth, without looking into versions and leftovers.
+
+        Raises:
+            RunError: there is a symbolic link, or a directory cannot be read.
+        """
+        refuse_links(self.directory, self.directory)
+        found, waiting = [], [str(self.directory)]
+        while waiting:
+            try:
+                with os.scandir(waiting.pop()) as entries:
+                    for entry in entries:
+                        if entry.is_symlink():
+                            raise RunError(f"{entry.path} {LINK}")
+                        if not entry.is_dir(follow_symlinks=False):
+                            continue
+                        if kind.fullmatch(entry.name):
+                            found.append(Path(entry.path))
+                        if not (VERSION.fullmatch(entry.name) or _LEFTOVER.fullmatch(entry.name)):
+                            waiting.append(entry.path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # a run that goes on has removed it
+            except OSError as error:
+                raise _unreadable(error) from error
         return found
 
     def _clear(self, path: Path) -> None:
-        """Take the lock and remove what a killed run left at `path`."""
-        self._open()
-        if path.exists():
-            with writing(path):
+        """Remove what a killed run left at `path`, where an item is about to be saved."""
+        with writing(path):
+            (self.directory / PROGRESS).mkdir(exist_ok=True)
+            if path.exists():
                 remove_tree(path)
 
     def _commit(self, progress: Progress) -> None:
         self._open()
         record = self._record(progress.number)
         for name, version in sorted(progress.needed):
-            if not (self.path(name, version) / items.META).exists():
-                raise RunError(f"{self.path(name, version)} is missing, so {record} cannot be committed")
+            try:
+                items.check_complete(self.path(name, version))
+            except RunError as error:
+                raise RunError(f"{error}, so {record} cannot be committed") from error
         older = self._valid()
         if older and older[-1].number >= progress.number:
             raise RunError(f"{self._record(older[-1].number)} is not older than {record}; remove it to go back")
         with writing(record):
+            record.parent.mkdir(exist_ok=True)  # there are runs without items
             write_progress(record, progress)
-            self._remove_unneeded([*older, progress][-self.keep :])
+            self._remove_unneeded([*older, progress][-self.keep :], older)
 
-    def _remove_unneeded(self, kept: list[Progress]) -> None:
+    def _remove_unneeded(self, kept: list[Progress], older: list[Progress]) -> None:
         """Records first: a kill between the two steps leaves items without a record, never the reverse."""
+        sound = {record.number: record for record in older}
         for number in set(self.records()) - {record.number for record in kept}:
-            self._record(number).unlink()
+            if not locks.remove_unless_read(self._record(number)) and number in sound:
+                kept = [*kept, sound[number]]
         needed = {self.path(name, version) for record in kept for name, version in record.needed}
-        for path in set(self._directories(_VERSION)) - needed:
+        for path in set(self._directories(VERSION)) - needed:
             remove_tree(path)
 
     def _open(self) -> None:
-        """Make the directory and hold its lock: two runs that write here would remove each other's files."""
+        """Hold the lock: two runs that write here would remove each other's files. Then see that all is in place."""
         if self._lock is not None:
+            self._lock.check()
             return
-        with writing(self.directory):
-            (self.directory / PROGRESS).mkdir(parents=True, exist_ok=True)
-            lock = open(self.directory / ".lock", "w")  # noqa: SIM115 (held until close)
+        refuse_links(self.directory, self.directory)
+        self._lock = locks.WriteLock(self.directory)
         try:
-            import fcntl
-
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise RunError(
-                f"another run is writing {self.directory}; wait for it to end, or use another run.dir"
-            ) from None
-        except (ImportError, OSError):
-            log.debug("no file locks here; %s is not protected from a second run", self.directory)
-        self._lock = lock
-        with writing(self.directory):  # what a kill left half done
-            for path in self._directories(_LEFTOVER):
-                remove_tree(path)
-            for path in (self.directory / PROGRESS).glob("*.tmp"):
-                path.unlink()
+            with writing(self.directory):  # what a kill left half done
+                for path in self._directories(_LEFTOVER):
+                    remove_tree(path)
+                for path in (self.directory / PROGRESS).glob("*.tmp"):
+                    path.unlink()
+        except RunError:
+            self.close()
+            raise
 
     def _explained(self, read, name: str, version: int, *args):
         """Call read(path, *args); add to its RunError which records need the item and how to do without."""
+        path = self.path(name, version)
         try:
-            return read(self.path(name, version), *args)
+            refuse_links(self.directory, path)
+            return read(path, *args)
         except RunError as error:
             records = self._valid()
             needing = [record.number for record in records if (name, version) in record.needed]
@@ -237,33 +312,23 @@ class Store:
                 remedy += f", or remove {names} to go on from record {max(others)}"
             elif needing:
                 remedy += ", or start again in another run.dir"
+            elif records and not path.exists():
+                remedy = "the run has gone on since; run the same command again"
             raise RunError(f"{error}; {remedy}") from error
 
 
-@dataclass(frozen=True)
-class Location:
-    """What a path on the disk is, for people who look into it."""
+def _check_directory(directory: Path) -> None:
+    """Refuse what cannot hold a store before anything is written there."""
+    for part in directory.parts:
+        if _URL.fullmatch(part):
+            raise UsageError(f"{directory}: '{part}' reads as a URL; name a directory of a mounted file system")
+        if len(os.fsencode(part)) > NAME_BYTES:
+            raise UsageError(f"{part[:40]}.. is longer than {NAME_BYTES} bytes; give the directory a shorter name")
+    if "\0" in str(directory):
+        raise UsageError(f"{str(directory)!r} has a NUL character; give the directory another name")
+    if len(os.fsencode(directory)) > PATH_BYTES:
+        raise UsageError(f"{str(directory)[:40]}.. is longer than {PATH_BYTES} bytes; name one with a shorter path")
 
-    kind: str  # run | store | item
-    store: Path  # the store's directory
-    name: str | None = None  # item: such as "stacks/003"
-    version: int | None = None  # item: None when the path names the item and no version of it
 
-
-def readable(path: Path | str) -> Location | None:
-    """Say whether a path is a run (holds checkpoints/), a store, or an item of a store (with or without a version)."""
-    path = Path(path).absolute()
-    if not path.is_dir():
-        return None
-    if (path / "checkpoints" / PROGRESS).is_dir():
-        return Location("run", path / "checkpoints")
-    if (path / PROGRESS).is_dir():
-        return Location("store", path)
-    store = next((parent for parent in path.parents if (parent / PROGRESS).is_dir()), None)
-    if store is None:
-        return None
-    version = int(path.name) if _VERSION.fullmatch(path.name) else None
-    item = path if version is None else path.parent
-    if not any(_VERSION.fullmatch(child.name) for child in item.iterdir()):
-        return None
-    return Location("item", store, item.relative_to(store).as_posix(), version)
+def _unreadable(error: OSError) -> RunError:
+    return RunError(f"{error.filename} cannot be read: {error.strerror or brief(error)}")

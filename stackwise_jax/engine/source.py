@@ -49,7 +49,7 @@ class Source:
         self.run_dir = Path(run_dir)
         self.config = read_config(self.run_dir)
         self.store = Store(self.run_dir / CHECKPOINTS, keep=self.config.run.keep)
-        progress = self.store.latest()
+        progress = self.store.hold()  # while this is a source, a trainer beside it removes nothing that it may read
         if progress is None:
             raise UsageError(f"{run_dir} holds no checkpoint yet; let train reach its first save")
         self.progress: Progress = progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +49,8 @@ def inspect_path(path: str | Path, stack: int | None = None, norms: bool = False
         raise UsageError(f"{path} is an item already; leave --stack out, or name the run directory")
 
     store, damage = Store(location.store), []
+    with contextlib.suppress(RunError):  # no record is sound: what there is is shown
+        store.hold()
     records = list(_records(store, damage))
     report: dict[str, Any] = {"kind": location.kind, "path": str(path)}
     if location.kind == "run":
@@ -65,7 +68,8 @@ def _records(store: Store, damage: list[str]) -> Iterator[Progress]:
         try:
             yield store.read(number)
         except RunError as error:
-            damage.append(str(error))
+            if number in store.records():  # else a run that goes on has just removed it
+                damage.append(str(error))
 
 
 def _record(record: Progress) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def _items(
         for version in versions:
             try:
                 item = _item(store, name, version, norms and version == versions[-1])
-            except RunError as error:
+            except (RunError, FileNotFoundError) as error:
                 if store.path(name, version).exists():  # else a run that goes on has just replaced it
                     damage.append(str(error))
                 continue
