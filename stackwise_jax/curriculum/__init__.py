@@ -12,6 +12,7 @@ from stackwise_jax.curriculum.phase import (
     StackAdapter,
 )
 from stackwise_jax.curriculum.plans import PLANS, config_shape
+from stackwise_jax.curriculum.recorded import check_rows, first_difference, is_complete, plan_from_json, plan_to_json
 from stackwise_jax.curriculum.shape import Plan, RackShape, trained_apart
 from stackwise_jax.curriculum.table import format_phase_table, phase_table
 
@@ -26,11 +27,16 @@ __all__ = [
     "Plan",
     "RackShape",
     "StackAdapter",
+    "check_rows",
     "config_shape",
+    "first_difference",
     "format_phase_table",
+    "is_complete",
     "make_plan",
     "noise_cut",
     "phase_table",
+    "plan_from_json",
+    "plan_to_json",
     "stack_levels",
     "trained_apart",
 ]
