@@ -23,6 +23,7 @@ class Progress:
     versions: dict[str, int]  # item name -> version
     formats: dict[str, str] = field(default_factory=dict)  # item name -> format, as it was last used
     data: dict = field(default_factory=dict)  # state of the data iterator
+    digests: dict[str, str] = field(default_factory=dict)  # file of the run that never changes -> its sha256
     metrics_bytes: int = 0  # length of metrics.jsonl at this moment
     results: list[dict] = field(default_factory=list)  # of the phases that have ended; "versions": as they were then
     bad_steps: int = 0  # non-finite steps in a row

@@ -40,8 +40,11 @@ DEVICE_NAMES = ("h200", "a100-80", "rtx4090", "t4", "cpu")  # what memory.device
 _SMALLEST_SENTENCEPIECE = 256 + 5 + 1
 
 
-def validate(config: StackWiseConfig) -> None:
+def validate(config: StackWiseConfig, *, paths: bool = True) -> None:
     """Refuse values that no run could use. Keys that mean nothing under the chosen setting are not looked at.
+
+    Args:
+        paths: whether the texts and the tokenizer that are named have to exist; not for a run that is only read.
 
     Raises:
         UsageError: one sentence with the key, its value and what to write instead.
@@ -49,6 +52,8 @@ def validate(config: StackWiseConfig) -> None:
     _check_finite(config, "")
     _check_run(config.run)
     _check_data(config.data)
+    if paths:
+        _check_paths(config)
     _check_tokenizer(config.tokenizer)
     _check_model(config.model)
     _check_objective(config.objective, "objective", config)
@@ -135,11 +140,6 @@ def _check_run(run: RunConfig) -> None:
 def _check_data(data: DataConfig) -> None:
     _at_least(data, "data", 2, "seq_len")
     _at_least(data, "data", 1, "batch_size")
-    if data.source in ("text", "jsonl"):
-        what = "*.txt" if data.source == "text" else "*.jsonl"
-        remedy = f"the path of an existing file or of a folder of {what}"
-        _need(bool(data.path) and Path(str(data.path)).exists(), "data.path", data.path, remedy)
-        _need(data.valid_path is None or Path(data.valid_path).exists(), "data.valid_path", data.valid_path, remedy)
     if data.source == "jsonl":
         _need(bool(data.text_key), "data.text_key", data.text_key, "the key of each line that holds its text")
     if data.source == "synthetic":
@@ -156,6 +156,16 @@ def _check_data(data: DataConfig) -> None:
 def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
     if tokenizer.kind == "sentencepiece":
         _at_least(tokenizer, "tokenizer", _SMALLEST_SENTENCEPIECE, "vocab_size")
+
+
+def _check_paths(config: StackWiseConfig) -> None:
+    """Refuse texts and tokenizers that are not there."""
+    data, tokenizer = config.data, config.tokenizer
+    if data.source in ("text", "jsonl"):
+        what = "*.txt" if data.source == "text" else "*.jsonl"
+        remedy = f"the path of an existing file or of a folder of {what}"
+        _need(bool(data.path) and Path(str(data.path)).exists(), "data.path", data.path, remedy)
+        _need(data.valid_path is None or Path(data.valid_path).exists(), "data.valid_path", data.valid_path, remedy)
     if tokenizer.kind == "file":
         exists = bool(tokenizer.path) and Path(str(tokenizer.path)).is_file()
         _need(exists, "tokenizer.path", tokenizer.path, "the path of an existing SentencePiece .model file")

@@ -24,7 +24,8 @@ class Rack(nn.Module):
     model/time.py.
 
     Raises:
-        UsageError: no stacks, too many blocks, a stack of another width, an empty vocabulary, or an unknown dtype or time embedding.
+        UsageError: no stacks, too many blocks, a stack of another width, an empty vocabulary, or an unknown dtype or
+            time embedding.
     """
 
     stacks: tuple[Stack, ...]
