@@ -346,7 +346,7 @@ RECORDS = {
     "an item": (lambda p: p["versions"].update({"stacks/../..": 1}), "names the item"),
     "a stack": (lambda p: p["versions"].update({"stacks/777": 1}), "names the item"),
     "a format": (lambda p: p["formats"].update({"stacks/000": "fp3"}), "names the format"),
-    "a result": (lambda p: p["results"][0].update(index=7), "the result of phase 7"),
+    "a result": (lambda p: [r.update(index=7) for r in p["results"]], "the result of phase 7"),
     "a digest": (lambda p: p["digests"].update({"../../secret": "0"}), "no file of a run"),
 }
 
