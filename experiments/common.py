@@ -23,7 +23,7 @@ from rich.table import Table
 
 from stackwise_jax.checkpoint import Progress, Store
 from stackwise_jax.config import StackWiseConfig, load_config, validate
-from stackwise_jax.engine import Run, prepare, recorder
+from stackwise_jax.engine import Run, directory, prepare
 from stackwise_jax.engine.loop import run_phase
 from stackwise_jax.reporting import ConsoleReporter, Reporters, TensorBoardReporter
 
@@ -100,7 +100,7 @@ class PhaseLoop:
         reporter = Reporters([ConsoleReporter(Console(file=io.StringIO())), board])
         self._open.callback(reporter.close)
         self.run = Run(self.setup, reporter)
-        with contextlib.nullcontext() if saved else mock.patch.object(recorder, "Store", partial(SeedStore, self.run)):
+        with contextlib.nullcontext() if saved else mock.patch.object(directory, "Store", partial(SeedStore, self.run)):
             self.run._open()
         self._open.callback(self.run.recorder.close)
         self._open.callback(self.run.cache.close)

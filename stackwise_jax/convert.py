@@ -29,6 +29,12 @@ def build_parser() -> CommandParser:
         "--depth", type=whole_number(-COUNTER, COUNTER), help="the first K stacks; not given: all that were trained"
     )
     parser.add_argument("--merge_adapters", action="store_true", help="put the adapters into the weights")
+    parser.add_argument(
+        "--merge_base",
+        choices=("trained", "master"),
+        help="into which: trained, as the adapters met them (dequantized where they were kept in few bits), or master, "
+        "as they are stored; not given: trained",
+    )
     parser.add_argument("--adapters", metavar="RUN", type=path, help="take the adapters of this run instead")
     parser.add_argument(
         "--remove", type=whole_numbers(0, BLOCKS), metavar="K,K", default=(), help="leave these stacks out"
@@ -56,6 +62,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         )
     if not args.insert and (args.init is not None or args.seed is not None):
         raise UsageError("--init and --seed are for new stacks; add --insert, or leave them out")
+    if args.merge_base and not args.merge_adapters:
+        raise UsageError("--merge_base is for adapters that are merged; add --merge_adapters, or leave it out")
     from stackwise_jax.engine.convert import Changes, convert_run
     from stackwise_jax.engine.source import Source
 
@@ -65,6 +73,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         init=args.init or "zero",
         sizes=args.sizes,
         merge=args.merge_adapters,
+        base=args.merge_base or "trained",
         fmt=args.format,
     )
     adapters = Source(args.adapters) if args.adapters else None
@@ -72,6 +81,9 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     blocks = " + ".join(map(str, answer["stacks"]))
     kinds, adapters = ", ".join(answer["formats"]), len(answer["adapters"])
     print(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks in {kinds}, {adapters} adapters")
+    if answer["merged_into"]:
+        base = "as they were trained" if changes.base == "trained" else "as they are stored"
+        print(f"adapters were merged into the weights {base}, in {', '.join(answer['merged_into'])}")
     return answer
 
 

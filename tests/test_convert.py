@@ -13,10 +13,13 @@ import pytest
 from tiny import same_bits, saved, tiny, train
 
 from stackwise_jax import convert, evaluate, generate, inspect
-from stackwise_jax.engine import load_rack
+from stackwise_jax.engine import load_rack, prepare
+from stackwise_jax.engine.building import MARK
 from stackwise_jax.engine.convert import Changes, convert_run
 from stackwise_jax.engine.source import Source
-from stackwise_jax.engine.weights import EMBED, stack_item
+from stackwise_jax.engine.weights import EMBED, Weights, stack_item
+from stackwise_jax.errors import RunError
+from stackwise_jax.evaluation import evaluate_run, held_out_text
 from stackwise_jax.model import split_blocks
 
 TOKENS = np.arange(64).reshape(4, 16) % 60
@@ -125,7 +128,84 @@ def test_mistakes_are_told_in_one_sentence_and_leave_nothing(run_dir, argv, word
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert all(word in said for word in words), said
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+# The weights that adapters are merged into.
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory) -> Path:
+    """A run whose adapters met weights in nf4 only, while the full-precision copies were kept."""
+    path = tmp_path_factory.mktemp("qlora") / "run"
+    phases = "[{train: [0, 1], train_embed: true}, {adapt: [0, 1], train_head: false}]"
+    train(
+        tiny("curriculum.plan=custom", f"curriculum.phases={phases}", "curriculum.frozen=nf4", "optimizer.lr=0.1"), path
+    )
+    return path
+
+
+def loss(path: Path) -> float:
+    loaded = load_rack(path)
+    return evaluate_run(loaded, held_out_text(loaded), limit=4)["loss"]
+
+
+def test_adapters_are_merged_into_the_weights_that_they_met(qlora, tmp_path, capsys):
+    assert run(qlora, tmp_path / "trained", "--merge_adapters", "--json") == 0
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1])["merged_into"] == ["nf4"] and "as they were trained, in nf4" in out
+    assert loss(tmp_path / "trained") == pytest.approx(loss(qlora), abs=1e-5)
+
+    assert run(qlora, tmp_path / "master", "--merge_adapters", "--merge_base", "master", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["merged_into"] == ["fp32"]
+    assert abs(loss(tmp_path / "master") - loss(qlora)) > 1e-4
+    assert run(qlora, tmp_path / "no", "--sizes", "2", "--merge_base", "master") == 2
+
+
+def test_a_run_that_starts_from_another_merges_adapters_in_the_same_way(qlora, tmp_path):
+    assert run(qlora, tmp_path / "out", "--merge_adapters") == 0
+    setup = prepare(tiny("curriculum.plan=joint", f"run.init_from={qlora}"), tmp_path / "tuned")
+    weights = Weights(setup.rack, setup.placement, None, jax.random.key(0))
+    taken = setup.origin.load(stack_item(1), weights.shapes(stack_item(1), "fp32"))
+    near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+    jax.tree.map(near, taken, saved(tmp_path / "out")[stack_item(1)])
+
+
+def test_what_is_not_merged_computes_what_it_computed(qlora, tmp_path):
+    assert run(qlora, tmp_path / "out", "--insert", "2") == 0  # a new stack that is the identity
+    np.testing.assert_allclose(logits(tmp_path / "out"), logits(qlora), atol=1e-5)
+    assert run(tmp_path / "out", tmp_path / "merged", "--merge_adapters") == 0
+    np.testing.assert_allclose(logits(tmp_path / "merged"), logits(qlora), atol=1e-5)
+
+
+# Whole or not at all.
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("the disk is full")])
+def test_what_breaks_on_the_way_leaves_nothing_and_can_be_repeated(error, run_dir, tmp_path, monkeypatch):
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stackwise_jax.engine.convert.write_description", fails)
+        assert run(run_dir, tmp_path / "out", "--merge_adapters") != 0
+    assert list(tmp_path.iterdir()) == []
+    assert run(run_dir, tmp_path / "out", "--merge_adapters") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / MARK).exists()
+
+
+def test_what_a_kill_left_is_replaced_and_nothing_else(run_dir, tmp_path, capsys):
+    left = tmp_path / f".out{MARK}"
+    left.mkdir()
+    (left / "thesis.tex").write_text("chapter 1")
+    assert run(run_dir, tmp_path / "out", "--merge_adapters") == 2
+    assert "in the way" in capsys.readouterr().err and (left / "thesis.tex").read_text() == "chapter 1"
+    (left / "thesis.tex").unlink()
+    (left / MARK).touch()
+    (left / "rack.json").write_text("{")
+    assert run(run_dir, tmp_path / "out", "--merge_adapters") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert Source(tmp_path / "out").progress.digests.keys() >= {"rack.json", "config.yaml", "phases.json"}
 
 
 def test_nothing_is_overwritten(run_dir, tmp_path, capsys):

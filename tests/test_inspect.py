@@ -7,9 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-import yaml
 
 from stackwise_jax.checkpoint import Progress, Store, items
+from stackwise_jax.config import config_from_dict, resolved_yaml
 from stackwise_jax.errors import UsageError
 from stackwise_jax.inspect import main
 from stackwise_jax.reporting.inspection import inspect_path
@@ -46,7 +46,7 @@ def run(tmp_path):
         "objective": {"kind": "clm"},
         "curriculum": {"plan": "stackwise"},
     }
-    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    (directory / "config.yaml").write_text(resolved_yaml(config_from_dict(config)))
     phases = [
         {"name": f"stack_{i}", "path": list(range(i + 1)), "train": [i], "train_head": True, "steps": 8} for i in (0, 1)
     ]

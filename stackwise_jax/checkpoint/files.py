@@ -45,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def by_first_process(work: Callable[[], None]) -> None:
+def by_first_process(work: Callable[[], object]) -> None:
     """Run `work` in process 0 while the others wait; an exception there ends all of them."""
     error = None
     if jax.process_index() == 0:

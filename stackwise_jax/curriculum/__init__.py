@@ -13,6 +13,7 @@ from stackwise_jax.curriculum.phase import (
     StackAdapter,
 )
 from stackwise_jax.curriculum.plans import PLANS, config_shape
+from stackwise_jax.curriculum.recorded import check_rows, first_difference, is_complete, plan_from_json, plan_to_json
 from stackwise_jax.curriculum.shape import Plan, RackShape, trained_apart
 from stackwise_jax.curriculum.table import format_phase_table, phase_table
 
@@ -27,12 +28,17 @@ __all__ = [
     "Plan",
     "RackShape",
     "StackAdapter",
+    "check_rows",
     "config_shape",
+    "first_difference",
     "format_phase_table",
+    "is_complete",
     "make_plan",
     "noise_cut",
     "overruled",
     "phase_table",
+    "plan_from_json",
+    "plan_to_json",
     "stack_levels",
     "trained_apart",
 ]

@@ -1,4 +1,4 @@
-"""The phase table: a plan for people and as JSON."""
+"""The phase table: a plan for people and as plain data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from stackwise_jax.curriculum.shape import Plan, ids_text
 
 
 def phase_table(plan: Plan) -> list[dict[str, Any]]:
-    """One JSON-able dict per phase: what is written to phases.json."""
+    """One JSON-able dict per phase, with all its fields and what follows from them: what is written to phases.json.
+
+    existing: the stacks that are there when the phase begins. stack_sizes: blocks of each stack of the rack.
+    """
     rows, existing = [], set(plan.start)
     for i, phase in enumerate(plan.phases):
         row = {
@@ -18,6 +21,8 @@ def phase_table(plan: Plan) -> list[dict[str, Any]]:
             "name": phase.name,
             "path": list(phase.path),
             "blocks": [plan.stack_sizes[stack] for stack in phase.path],
+            "stack_sizes": list(plan.stack_sizes),
+            "existing": sorted(existing),
             "grow": sorted(set(phase.path) - existing),
             "init": phase.init,
             "prefix": list(phase.prefix),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from stackwise_jax import files
 from stackwise_jax.config.schema import TokenizerConfig
 from stackwise_jax.errors import RunError, UsageError
 
@@ -239,16 +239,16 @@ def _read_model(cfg: TokenizerConfig) -> bytes:
 
 def _load_saved(cfg: TokenizerConfig, saved: Path) -> Tokenizer:
     try:
-        record = json.loads((saved / _RECORD).read_bytes())
+        record = json.loads(files.read_regular(saved / _RECORD, follow=False))
         kind, fingerprint = record["kind"], record["fingerprint"]
         if kind == "bytes":
             tokenizer = ByteTokenizer()
         else:
-            model = (saved / _MODEL).read_bytes()
+            model = files.read_regular(saved / _MODEL, follow=False)
             if hashlib.sha256(model).hexdigest() != fingerprint:
                 raise ValueError("the model differs from its record")
             tokenizer = SentencePieceTokenizer(model, {k: v for k, v in record.items() if k != "fingerprint"})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise RunError(f"the tokenizer in {saved} is damaged ({error}); restore it or train anew") from error
     if kind != cfg.kind:
         raise UsageError(
@@ -269,15 +269,13 @@ def _load_saved(cfg: TokenizerConfig, saved: Path) -> Tokenizer:
 
 
 def _save(directory: Path, record: dict[str, Any], model: bytes | None) -> None:
-    """Write the model, then the record that makes it valid, each under another name first."""
+    """Write the model, then the record that makes it valid."""
     contents: Sequence[tuple[str, bytes | None]] = ((_MODEL, model), (_RECORD, json.dumps(record).encode()))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in contents:
             if content is not None:
-                temporary = directory / (name + ".tmp")
-                temporary.write_bytes(content)
-                os.replace(temporary, directory / name)
+                files.write_atomically(directory / name, content)
     except OSError as error:
         raise RunError(
             f"the tokenizer cannot be written to {directory} ({error.strerror}); make room or write another run.dir"

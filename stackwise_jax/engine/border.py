@@ -112,7 +112,11 @@ def _grow(weights: Weights, recorder: Recorder, phase: Phase, item: str, **how: 
 
 
 def _merge_into_weights(weights: Weights, recorder: Recorder, phase: Phase, index: int, again: int) -> None:
-    """Merge the adapters of one stack into its full-precision copy and make them anew."""
+    """Merge the adapters of one stack into its full-precision copy and make them anew.
+
+    Not into the weights of fewer bits that the adapters met: what a later phase quantizes again would lose each merge
+    that is finer than its format, and nothing would add up over the phases.
+    """
     stack = stack_item(index)
     there = [adapter for adapter in phase.adapters if adapter.stack == index]
     there = [adapter for adapter in there if adapter_item(adapter) in weights.versions]

@@ -5,23 +5,26 @@ One stack at a time passes through memory: at most the stack that is read and th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from stackwise_jax.adapters import detach_adapters, merge_adapters, one_adapter
 from stackwise_jax.checkpoint import Progress, Store, writing
-from stackwise_jax.config import StackWiseConfig, resolved_yaml
+from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.config.schema import CurriculumConfig, Format, StackInit
-from stackwise_jax.curriculum import Plan, StackAdapter, make_plan, phase_table
-from stackwise_jax.engine import directory
+from stackwise_jax.curriculum import Plan, StackAdapter, make_plan
+from stackwise_jax.engine.building import building
+from stackwise_jax.engine.description import write_description
+from stackwise_jax.engine.entries import CHECKPOINTS, METRICS, TOKENIZER, digests
 from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.engine.source import Source, check_fits
 from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, count_values, in_format, stack_item
@@ -32,7 +35,6 @@ from stackwise_jax.model import (
     Stack,
     combine,
     init_stack_blocks,
-    rack_to_dict,
     regroup,
     zero_outputs,
 )
@@ -40,6 +42,7 @@ from stackwise_jax.model.regroup import stack_blocks, unstack_blocks
 from stackwise_jax.random_streams import Stream, root_key, stream_key
 
 Tree = Any
+MergeBase = Literal["trained", "master"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Changes:
 
     remove: stacks that are left out. insert: places, counted in what is left, before which a new stack is put (the
     number of stacks: behind the last); it has the shape of the stack before it, or of the first. init: how new stacks
-    begin. sizes: blocks per stack in the end; empty: as they are. merge: adapters go into the weights. fmt: how stacks
+    begin. sizes: blocks per stack in the end; empty: as they are. merge: adapters go into the weights; base: in the
+    format in which the adapters met them in training, or their full-precision copy (where it was kept). fmt: how stacks
     are stored, embedding and head in its dense_format; None: as they were, new ones in full precision.
     """
 
@@ -57,15 +61,20 @@ class Changes:
     init: StackInit = "zero"
     sizes: tuple[int, ...] = ()
     merge: bool = False
+    base: MergeBase = "trained"
     fmt: Format | None = None
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A stack of the new rack before regrouping: one of the source's, or a new one in its likeness, in a format."""
+    """A stack of the new rack before regrouping: one of the source's, or a new one in its likeness.
+
+    fmt: how it is stored. used: how it is used, as in the source where nothing of it changes.
+    """
 
     source: int
     fmt: str
+    used: str
     new: bool = False
 
 
@@ -77,65 +86,84 @@ def convert_run(
 ) -> dict[str, Any]:
     """Write the changed rack as a run directory that all commands read.
 
+    It is written under another name beside `out` and gets its name when it is complete.
+
     Args:
         out: must not exist.
         adapters: a run whose adapters take the place of the source's own.
         seed: of new stacks.
 
     Returns:
-        {"run", "stacks": blocks per stack, "formats": of the stacks, "adapters": items}.
+        {"run", "stacks": blocks per stack, "formats": of the stacks, "adapters": items, "merged_into": the formats of
+        the weights that adapters were merged into}.
 
     Raises:
         UsageError: `out` exists, a stack does not exist, or the changes do not fit together.
-        RunError: a checkpoint is damaged, or the disk is full.
+        RunError: a checkpoint is damaged, or the disk is full; nothing is left of `out`.
     """
     _check_ends(source, out)
-    slots = _slots(source, changes)
+    owner = adapters or source
+    slots = _slots(source, owner, changes)
     stacks = [source.rack.stacks[slot.source] for slot in slots]
     stacks = tuple(stack.clone(stack_id=i, parent=None) for i, stack in enumerate(stacks))
     rack = source.rack.clone(stacks=stacks, parent=None)
     if changes.sizes:
         rack = regroup(rack, changes.sizes)
-    owner = adapters or source
     if adapters is not None:
         _check_adapters(source, adapters)
     config = _configuration(source, rack, out)
     plan = make_plan(config, rack_shape(rack, config.data))
     on_slots = [[] if changes.merge else _on_slot(owner, slot, changes) for slot in slots]
     _check_joins(rack, stacks, slots, on_slots)
-    store = Store(out / directory.CHECKPOINTS, keep=source.config.run.keep)
-    meta = {"phase": f"converted from {source.run_dir}", "loss_history": []}
-    formats: dict[str, str] = {}
-
-    def save(item: str, tree: Tree, fmt: str, **more: Any) -> None:
-        about = {"kind": item.split("/")[0], "format": fmt, "values": count_values(tree)}
-        store.save_item(item, 1, tree, meta | about | more)
-        formats[item] = fmt
-
-    for item in (EMBED, HEAD):
-        fmt = dense_format(changes.fmt) if changes.fmt else source.saved_format(item)
-        tree = source.load(item)
-        save(item, tree if fmt == source.saved_format(item) else in_format(tree, source.rack.param_dtype, fmt), fmt)
     read = (_read(source, owner, slot, changes, seed, place) for place, slot in enumerate(slots))
-    found: list[str] = []
+    trees = _regrouped(rack, stacks, read, iter(zip(slots, on_slots, strict=True)))
+    with building(out) as path, contextlib.closing(Store(path / CHECKPOINTS)) as store:
+        stored, used = _save_items(source, store, changes, trees)
+        _finish(source, path, rack, store, used, config, plan)
+    merged = [slot for slot in slots if changes.merge and _on_slot(owner, slot, changes)]
+    return {
+        "run": str(out),
+        "stacks": [len(stack.blocks) for stack in rack.stacks],
+        "formats": sorted({fmt for item, fmt in stored.items() if item.startswith("stacks/")}),
+        "adapters": [item for item in stored if item.startswith("adapters/")],
+        "merged_into": sorted({_base(source, owner, slot, changes) for slot in merged}),
+    }
+
+
+def _save_items(
+    source: Source, store: Store, changes: Changes, trees: Iterator[tuple[Tree, About]]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Save every item of the new rack as version 1; returns how each is stored and how it is used."""
+    stored: dict[str, str] = {}
+    used: dict[str, str] = {}
+
+    def save(item: str, tree: Tree, fmt: str, use: str, **more: Any) -> None:
+        about = {"phase": f"converted from {source.run_dir}", "loss_history": [], "kind": item.split("/")[0]}
+        about |= {"format": fmt, "values": count_values(tree)}
+        store.save_item(item, 1, tree, about | more)
+        stored[item], used[item] = fmt, use
+
+    master = source.rack.param_dtype
+    for item in (EMBED, HEAD):
+        saved = source.saved_format(item)
+        fmt = dense_format(changes.fmt) if changes.fmt else saved
+        tree = source.load(item)
+        use = fmt if changes.fmt else source.formats.get(item, fmt)
+        save(item, tree if fmt == saved else in_format(tree, master, fmt), fmt, use)
     numbers = itertools.count()  # not enumerate, which keeps the tree that it gave last
-    for tree, (slot, on_stack) in _regrouped(rack, stacks, read, iter(zip(slots, on_slots, strict=True))):
+    for tree, (slot, on_stack) in trees:
         index, (base, adapter_tree) = next(numbers), detach_adapters(tree)
-        save(stack_item(index), base, slot.fmt)
+        save(stack_item(index), base, slot.fmt, slot.used)
         for adapter in on_stack:
             moved = dataclasses.replace(adapter, stack=index)
             spec = dataclasses.asdict(moved.spec)
-            save(adapter_item(moved), one_adapter(adapter_tree, moved.name), source.rack.param_dtype, adapter=spec)
-            found.append(adapter_item(moved))
+            save(adapter_item(moved), one_adapter(adapter_tree, moved.name), master, master, adapter=spec)
         del tree, base, adapter_tree
-    _finish(source, out, rack, store, formats, config, plan)
-    stored = sorted({fmt for item, fmt in formats.items() if item.startswith("stacks/")})
-    blocks = [len(stack.blocks) for stack in rack.stacks]
-    return {"run": str(out), "stacks": blocks, "formats": stored, "adapters": found}
+    return stored, used
 
 
 def _check_ends(source: Source, out: Path) -> None:
-    if out.exists():
+    if os.path.lexists(out):
         raise UsageError(f"{out} exists; name a directory that does not")
     if len(source.experts) > 1:
         raise UsageError(
@@ -143,20 +171,27 @@ def _check_ends(source: Source, out: Path) -> None:
         )
 
 
-def _slots(source: Source, changes: Changes) -> list[Slot]:
+def _slots(source: Source, owner: Source, changes: Changes) -> list[Slot]:
     path = list(source.path)
     if unknown := sorted(set(changes.remove) - set(path)):
         raise UsageError(f"--remove names the stacks {unknown}; {source.run_dir} has {path}")
-    kept = lambda i: Slot(i, changes.fmt or source.saved_format(stack_item(i)))
-    slots = [kept(i) for i in path if i not in changes.remove]
+    slots = []
+    for i in path:
+        fmt = changes.fmt or source.saved_format(stack_item(i))
+        # Adapters that were merged would be lost again in fewer bits; what is stored in a format is used in it.
+        used = fmt if changes.fmt or (changes.merge and owner.adapters_of(i)) else source.base_format(i)
+        slots += [] if i in changes.remove else [Slot(i, fmt, used)]
     if not slots:
         raise UsageError("--remove leaves no stack; keep at least one")
     for place in sorted(changes.insert, reverse=True):
         if not 0 <= place <= len(slots):
             raise UsageError(f"--insert {place} is not in a rack of {len(slots)} stacks; write 0 to {len(slots)}")
         beside = slots[max(place - 1, 0)]
-        copied = beside.fmt if changes.init == "copy" else source.rack.param_dtype
-        slots.insert(place, Slot(beside.source, changes.fmt or copied, new=True))
+        if changes.init == "copy":
+            slots.insert(place, dataclasses.replace(beside, new=True))
+        else:
+            fmt = changes.fmt or source.rack.param_dtype
+            slots.insert(place, Slot(beside.source, fmt, fmt, new=True))
     return slots
 
 
@@ -212,14 +247,24 @@ def _read(source: Source, owner: Source, slot: Slot, changes: Changes, seed: int
     saved, on_stack = source.saved_format(item), _on_slot(owner, slot, changes)
     tree = source.load(item)
     if changes.merge and on_stack:
-        # What is stored in fewer bits is rounded once, after all adapters have been added.
-        tree = tree if saved == master else in_format(tree, master, master)
+        # In the format that the adapters met, and from there on in full precision: what is stored in fewer bits is
+        # rounded once more, after all adapters have been added.
+        base = _base(source, owner, slot, changes)
+        tree = tree if saved == base else in_format(tree, master, base)
+        tree = tree if base == master else in_format(tree, master, master)
         for adapter in on_stack:
             tree = jax.device_get(merge_adapters(tree, owner.load(adapter_item(adapter))))
         return tree if slot.fmt == master else jax.device_get(in_format(tree, master, slot.fmt))
     if saved != slot.fmt:
         tree = jax.device_get(in_format(tree, master, slot.fmt))
     return functools.reduce(combine, [owner.load(adapter_item(a)) for a in on_stack], tree)
+
+
+def _base(source: Source, owner: Source, slot: Slot, changes: Changes) -> str:
+    """The format of the weights that the adapters of a stack are merged into."""
+    if changes.base == "trained":
+        return owner.base_format(slot.source)
+    return source.saved_format(stack_item(slot.source))
 
 
 def _regrouped(
@@ -245,39 +290,39 @@ def _joined(stack: Stack, waiting: list[tuple[Tree, About]]) -> tuple[Tree, Abou
     """The first of the blocks that wait as the tree of a stack; they wait no longer."""
     size = len(stack.blocks)
     taken, waiting[:] = waiting[:size], waiting[size:]
-    return stack_blocks(stack, [block for block, _ in taken]), taken[0][1]
+    slot, on_stack = taken[0][1]
+    if any(other.used != slot.used for _, (other, _) in taken):
+        slot = dataclasses.replace(slot, used=slot.fmt)
+    return stack_blocks(stack, [block for block, _ in taken]), (slot, on_stack)
 
 
 def _finish(
     source: Source, out: Path, rack: Rack, store: Store, formats: dict[str, str], config: StackWiseConfig, plan: Plan
 ) -> None:
-    """Lay down the rest of the run directory; config.yaml comes last and makes it a run."""
+    """Lay down the rest of the run directory, and the record that says what belongs to it."""
     path, versions = list(range(len(rack.stacks))), dict.fromkeys(formats, 1)
     unmeasured = dict.fromkeys(("held_out_loss", "bits_per_byte", "accuracy"))
     nothing = dict.fromkeys(("trainable_params", "frozen_params", "tokens", "flops", "seconds", "skipped_steps"), 0)
     result = {"index": 0, "name": plan.phases[0].name, "depth": len(path), "path": path, **unmeasured, **nothing}
     result |= {"peak_device_bytes": 0, "peak_host_bytes": 0, "cache_bytes": {"host": 0, "disk": 0}}
     result |= {"versions": versions, "formats": formats}
-    store.commit(
-        Progress(
-            number=1,
-            phase=1,
-            step=0,
-            global_step=source.progress.global_step,
-            versions=versions,
-            formats=formats,
-            data=source.progress.data,
-            results=[result],
-            finished=True,
-        )
-    )
-    store.close()
-    source.tokenizer().save(out / directory.TOKENIZER)
+    source.tokenizer().save(out / TOKENIZER)
     with writing(out):
-        (out / directory.METRICS).touch()
-    directory.write_atomically(out / directory.PHASES, json.dumps(phase_table(plan), indent=2) + "\n")
-    directory.write_atomically(out / directory.RACK, json.dumps(rack_to_dict(rack), indent=2) + "\n")
-    directory.write_atomically(out / directory.CONFIG, resolved_yaml(config))
+        (out / METRICS).touch()
+    write_description(out, plan, rack, config)
+    progress = Progress(
+        number=1,
+        phase=1,
+        step=0,
+        global_step=source.progress.global_step,
+        versions=versions,
+        formats=formats,
+        data=source.progress.data,
+        digests=digests(out),
+        results=[result],
+        finished=True,
+    )
+    store.commit(progress)
 
 
 def _configuration(source: Source, rack: Rack, out: Path) -> StackWiseConfig:

@@ -11,7 +11,7 @@ import jax
 
 from stackwise_jax.checkpoint import MetricsLog, Progress, Store
 from stackwise_jax.curriculum import Phase
-from stackwise_jax.engine import directory
+from stackwise_jax.engine import entries
 from stackwise_jax.engine.weights import Weights, count_values, final_format, path_items
 
 Tree = Any
@@ -23,18 +23,23 @@ class Recorder:
     """The saved side of a run: what has been committed, and how to commit more.
 
     number, global_step, results: of the state that the next record will describe. moments: the versions of the
-    optimizer state that items keep for a later phase. `data` goes into every record: the
-    fingerprints of what the run must find again.
+    optimizer state that items keep for a later phase.
+
+    Args:
+        run_dir: where a run was begun.
+        store: its checkpoints, locked.
+        data: goes into every record: the fingerprints of what the run must find again.
     """
 
-    def __init__(self, run_dir: Path, keep: int, data: dict[str, str]):
-        self.store = Store(run_dir / directory.CHECKPOINTS, keep=keep)
-        self.log = MetricsLog(run_dir / directory.METRICS)
+    def __init__(self, run_dir: Path, store: Store, data: dict[str, str]):
+        self.store = store
+        self.log = MetricsLog(run_dir / entries.METRICS)
         self.weights: Weights  # set by the run once the store can be read
         self.number = self.global_step = 0
         self.results: list[dict] = []
         self.moments: dict[str, int] = {}
         self._data = data
+        self._digests = entries.digests(run_dir) if jax.process_index() == 0 else {}  # that process writes records
 
     def go_on_from(self, progress: Progress) -> None:
         """Take up a committed state: counters, results, versions, and the metrics file as it was then."""
@@ -44,6 +49,7 @@ class Recorder:
         self.moments = {n.removeprefix(MOMENTS): v for n, v in versions.items() if n.startswith(MOMENTS)}
         self.weights.versions = {name: v for name, v in versions.items() if not name.startswith(MOMENTS)}
         self.weights.formats = {item: fmt for item, fmt in progress.formats.items() if item in self.weights.versions}
+        self._data = progress.data | self._data
         self.log.truncate(progress.metrics_bytes)
 
     def grow(self, item: str, phase_name: str, **how: Any) -> None:
@@ -154,6 +160,7 @@ class Recorder:
             | (optimizer or {}),
             formats=dict(self.weights.formats),
             data=self._data,
+            digests=self._digests,
             metrics_bytes=self.log.tell(),
             results=self.results,
             bad_steps=bad_steps,

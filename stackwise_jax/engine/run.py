@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 
-from stackwise_jax.checkpoint import Progress, by_first_process, plain
+from stackwise_jax.checkpoint import Progress, plain
 from stackwise_jax.curriculum import Phase, trained_apart
-from stackwise_jax.engine import directory
+from stackwise_jax.engine import directory, entries
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
 from stackwise_jax.engine.border import hand_over, keep_moments, open_phase, reference_embedding
 from stackwise_jax.engine.events import NullReporter, Reporter, StopFlag
@@ -119,23 +119,16 @@ class Run:
 
     def _open(self) -> Progress:
         run_dir, setup = self.setup.run_dir, self.setup
-
-        def lay_down() -> None:
-            if not directory.check_directory(setup):
-                directory.create_directory(setup)
-
-        self.scratch = Scratch(run_dir / directory.OFFLOAD)
-        self.cache = PrefixCache(self.config.cache, self.placement, run_dir / directory.CACHE)
+        self.scratch = Scratch(run_dir / entries.OFFLOAD)
+        self.cache = PrefixCache(self.config.cache, self.placement, run_dir / entries.CACHE)
         for phase in self.phases:  # what cannot be cached as asked is refused now, not when its phase comes
             self.cache.choose(phase, self.loader, setup.task(phase))
-        by_first_process(lay_down)
-        self.recorder = Recorder(run_dir, self.config.run.keep, directory.fingerprints(setup))
-        self.recorder.store.lock()  # before anything is cut back or written
+        store = directory.open_store(setup)
+        self.recorder = Recorder(run_dir, store, directory.fingerprints(setup))
         root = self.placement.put(root_key(self.config.run.seed), self.placement.replicated)
-        self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root)
+        self.weights = self.recorder.weights = Weights(setup.rack, self.placement, store, root)
         self.weights.scratch = self.scratch
-        progress = self.recorder.store.latest() or self._begin()
-        directory.check_unchanged(run_dir, progress, directory.fingerprints(setup))
+        progress = store.latest() or self._begin()
         self.recorder.go_on_from(progress)
         if progress.number > 1 and not progress.finished:
             name = self.phases[progress.phase].name
@@ -167,7 +160,7 @@ class Run:
         }
         if self.first:
             text = json.dumps(plain(summary), indent=2) + "\n"
-            directory.write_atomically(self.setup.run_dir / directory.SUMMARY, text)
+            entries.write(self.setup.run_dir / entries.SUMMARY, text)
         return summary
 
     def _quality(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from stackwise_jax.adapters import check_targets
 from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.curriculum import Phase, Plan, make_plan
 from stackwise_jax.data import Dataset, Loader, Tokenizer, load_datasets, load_tokenizer, training_texts
+from stackwise_jax.engine.description import check_files
 from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.engine.source import Origin, Source, adapters_for, origin_for, saved_items
 from stackwise_jax.engine.step import TaskSpec
@@ -99,8 +100,11 @@ def prepare(config: StackWiseConfig, run_dir: Path, rack: Rack | None = None) ->
 
     Raises:
         UsageError: anything in the configuration that cannot be run, named by key or file.
+        RunError: the run directory holds a run of which a file was changed.
     """
     placement = start_devices(config)
+    if run_dir.is_dir():
+        check_files(run_dir)  # before the tokenizer or an item in it is used
     seed = config.run.seed
     tokenizer = load_tokenizer(config.tokenizer, lambda: training_texts(config.data, seed), run_dir / "tokenizer")
     if rack is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ import jax.numpy as jnp
 from stackwise_jax.adapters import merge_adapters
 from stackwise_jax.checkpoint import Progress, Store
 from stackwise_jax.config import StackWiseConfig
-from stackwise_jax.curriculum import AdapterSpec, Phase, Plan, StackAdapter, make_plan, trained_apart
+from stackwise_jax.curriculum import AdapterSpec, Phase, Plan, StackAdapter, trained_apart
 from stackwise_jax.data import Tokenizer, load_tokenizer
-from stackwise_jax.engine.directory import CHECKPOINTS, CONFIG, TOKENIZER, check_unchanged, read_config, read_rack
-from stackwise_jax.engine.shape import rack_shape
-from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, item_shapes, stack_item
-from stackwise_jax.errors import UsageError
+from stackwise_jax.engine.description import check_files, check_record, read_config, read_plan, read_rack
+from stackwise_jax.engine.directory import check_unchanged
+from stackwise_jax.engine.entries import CHECKPOINTS, CONFIG, TOKENIZER, check_is_run, read
+from stackwise_jax.engine.saved_shapes import check_shapes, saved_adapter, saved_format
+from stackwise_jax.engine.weights import EMBED, HEAD, adapter_item, in_format, item_shapes, stack_item
+from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.memory.quantized import QUANTIZED, to_format
-from stackwise_jax.model import Block, Rack
+from stackwise_jax.model import Block, Rack, dtype_of
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +46,23 @@ class Source:
 
     Raises:
         UsageError: there is no run, no checkpoint in it yet, or no such depth.
-        RunError: a checkpoint is damaged.
+        RunError: a file of the run was changed or is damaged, or an item has not the shapes that the rack implies.
     """
 
     def __init__(self, run_dir: str | Path, depth: int | None = None, expert: int | None = None):
         self.run_dir = Path(run_dir)
+        check_is_run(self.run_dir)
+        self.store = Store(self.run_dir / CHECKPOINTS)
+        progress = check_files(self.run_dir, self.store)  # what a source may read, a trainer beside it does not remove
         self.config = read_config(self.run_dir)
-        self.store = Store(self.run_dir / CHECKPOINTS, keep=self.config.run.keep)
-        progress = self.store.hold()  # while this is a source, a trainer beside it removes nothing that it may read
         if progress is None:
             raise UsageError(f"{run_dir} holds no checkpoint yet; let train reach its first save")
         self.progress: Progress = progress
         self.rack: Rack = read_rack(self.run_dir)
-        self.plan: Plan = make_plan(self.config, rack_shape(self.rack, self.config.data))
+        self.plan: Plan = read_plan(self.run_dir, self.config, self.rack)
+        check_record(self.run_dir, progress, self.plan)
         self._choose(depth, expert)
+        check_shapes(self.store, self.rack, self.versions)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the run. Raises UsageError when it is not the one that the run was trained with."""
@@ -65,7 +72,7 @@ class Source:
 
     def saved_format(self, item: str) -> str:
         """The format in which an item lies in the store."""
-        return self.store.item_meta(item, self.versions[item]).get("format", self.rack.param_dtype)
+        return saved_format(self.store, item, self.versions[item], self.rack.param_dtype)
 
     def load(self, item: str, like: Tree = None) -> Tree:
         """One item.
@@ -81,11 +88,31 @@ class Source:
         return tree if like is None else _dense(tree, like)
 
     def load_merged(self, stack: int, like: Tree) -> Tree:
-        """A stack in full precision with its adapters merged into it."""
-        tree = self.load(stack_item(stack), like)
-        for adapter in self.adapters_of(stack):
+        """A stack in full precision with its adapters merged into the weights that they met in training."""
+        item, master, on_stack = stack_item(stack), self.rack.param_dtype, self.adapters_of(stack)
+        if not on_stack:
+            return self.load(item, like)
+        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype_of(master), sharding=x.sharding), like)
+        tree = self.load(item, whole)
+        if self.base_format(stack) != master:
+            tree = _dense(in_format(tree, master, self.base_format(stack)), whole)
+        for adapter in on_stack:
             tree = _merge(tree, jax.device_put(self.load(adapter_item(adapter))))
-        return tree
+        return jax.tree.map(lambda x, target: x.astype(target.dtype), tree, like)
+
+    def base_format(self, stack: int) -> str:
+        """The format in which the run last used a stack: what it computes with its adapters, it computes in this."""
+        item = stack_item(stack)
+        return self.formats.get(item) or self.saved_format(item)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same items in the same state."""
+        metas = {item: read(self.store.path(item, v) / "meta.json") for item, v in self.versions.items()}
+        digest = hashlib.sha256()
+        for item in sorted(metas):
+            digest.update(f"{item} {hashlib.sha256(metas[item]).hexdigest()}\n".encode())
+        return digest.hexdigest()
 
     def adapters_of(self, stack: int) -> list[StackAdapter]:
         """The adapters that a stack has."""
@@ -115,14 +142,14 @@ class Source:
         self.versions, self.formats, self.index = chosen
         self.path: tuple[int, ...] = path
         self.phase: Phase = phases[self.index]
-        adapters = {item: self._adapter(item) for item in self.versions if item.startswith("adapters/")}
+        if missing := [item for item in (EMBED, HEAD, *map(stack_item, path)) if item not in self.versions]:
+            raise RunError(f"the newest record of {self.run_dir} names no {missing[0]}; restore it from a copy")
+        adapters = {
+            item: saved_adapter(self.store, item, version)
+            for item, version in self.versions.items()
+            if item.startswith("adapters/")
+        }
         self.adapters = {item: adapter for item, adapter in adapters.items() if adapter.stack in path}
-
-    def _adapter(self, item: str) -> StackAdapter:
-        _, stack, name = item.split("/")
-        spec = dict(self.store.item_meta(item, self.versions[item])["adapter"])
-        spec["targets"] = tuple(spec["targets"])
-        return StackAdapter(stack=int(stack), name="trunk" if name == "trunk" else "stack", spec=AdapterSpec(**spec))
 
     @property
     def experts(self) -> list[int]:
@@ -147,6 +174,7 @@ class Source:
 
 
 def _ended(result: dict) -> tuple[dict, dict, int]:
+    """Versions, formats and index of a phase that has ended."""
     return result["versions"], result["formats"], result["index"]
 
 
@@ -287,7 +315,7 @@ def origin_for(config: StackWiseConfig, rack: Rack, tokenizer: Tokenizer, saved:
         kinds = ", ".join(sorted(quantized))
         log.warning("run.init_from %s: its stacks were kept in %s only; they begin rounded to it", run.init_from, kinds)
     load_from = config.curriculum.adapters.load_from
-    if load_from is None or Path(load_from).absolute() != source.run_dir.absolute():
+    if load_from is None or not os.path.samefile(load_from, source.run_dir):
         return Origin(source, stacks)
     if any(ours != theirs for ours, theirs in stacks.items()):
         raise UsageError(
@@ -332,11 +360,8 @@ def adapters_for(config: StackWiseConfig, rack: Rack, plan: Plan, saved: dict[st
                 "start from those with run.init_from"
             )
         if ours.spec != theirs.spec:
-            shown = lambda spec: (
-                f"rank {spec.rank}, alpha {spec.alpha:g}, dropout {spec.dropout:g} on {list(spec.targets)}"
-            )
             raise UsageError(
-                f"{key} {path}: the {theirs.name} adapter of stack {theirs.stack} has {shown(theirs.spec)} and here "
-                f"{shown(ours.spec)}; write the adapters section of that run"
+                f"{key} {path}: the {theirs.name} adapter of stack {theirs.stack} has {_shown(theirs.spec)} and here "
+                f"{_shown(ours.spec)}; write the adapters section of that run"
             )
     return source

@@ -13,6 +13,8 @@ from stackwise_jax.model.spec import Params, count, dtype_of, module_params, req
 from stackwise_jax.model.stack import Stack
 from stackwise_jax.model.time import TIME_EMBEDDINGS
 
+MAX_BLOCKS = 10_000  # of a rack: what is done per block then still takes seconds
+
 
 class Rack(nn.Module):
     """The model. A stack's id within the rack is its place, from 0 at the input.
@@ -22,7 +24,8 @@ class Rack(nn.Module):
     model/time.py.
 
     Raises:
-        UsageError: no stacks, a stack of another width, an empty vocabulary, or an unknown dtype or time embedding.
+        UsageError: no stacks, too many blocks, a stack of another width, an empty vocabulary, or an unknown dtype or
+            time embedding.
     """
 
     stacks: tuple[Stack, ...]
@@ -38,6 +41,10 @@ class Rack(nn.Module):
     def __post_init__(self):
         object.__setattr__(self, "stacks", tuple(self.stacks))
         require(len(self.stacks) >= 1, "the rack has no stacks; write model.architecture.n_stacks >= 1")
+        n_blocks = sum(len(stack.blocks) for stack in self.stacks)
+        require(
+            n_blocks <= MAX_BLOCKS, f"the rack has {n_blocks} blocks; write model.architecture for {MAX_BLOCKS} at most"
+        )
         require(self.vocab_size >= 1, f"model.vocab_size is {self.vocab_size}; write at least 1")
         for i, stack in enumerate(self.stacks):
             width = stack.blocks[0].d_model

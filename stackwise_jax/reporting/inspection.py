@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from stackwise_jax.checkpoint import Location, Progress, Store, readable
+from stackwise_jax.engine.description import read_config, read_rows
+from stackwise_jax.engine.entries import CHECKPOINTS, CONFIG, PHASES, check_digests, check_entries
 from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.memory.quantized import QuantizedTensor, dequantize
-
-CONFIG, PHASES, CHECKPOINTS = "config.yaml", "phases.json", "checkpoints"
 
 
 def inspect_path(path: str | Path, stack: int | None = None, norms: bool = False) -> dict[str, Any]:
@@ -43,6 +41,8 @@ def inspect_path(path: str | Path, stack: int | None = None, norms: bool = False
     location = readable(path)
     if location is None and (path / CONFIG).is_file():
         location = Location("run", path.absolute() / CHECKPOINTS)  # killed before its first checkpoint
+    if location is not None and location.kind == "run":
+        check_entries(path)
     if location is None:
         raise UsageError(f"{path} holds no run and no checkpoint; name a run directory, its checkpoints/ or an item")
     if stack is not None and location.kind == "item":
@@ -79,9 +79,13 @@ def _record(record: Progress) -> dict[str, Any]:
 
 def _run(path: Path, records: list[Progress], damage: list[str]) -> dict[str, Any]:
     """The part of the report that only a run has."""
-    config = _read(path / CONFIG, yaml.safe_load, damage) or {}
-    phases = _read(path / PHASES, json.loads, damage) or []
     newest = records[-1] if records else None
+    found = lambda read: _found(read, damage)
+    if newest:
+        found(lambda: check_digests(path, newest.digests))
+    config = found(lambda: read_config(path).to_dict()) if (path / CONFIG).exists() else {}
+    phases = found(lambda: read_rows(path)) if (path / PHASES).exists() else []
+    config, phases = config or {}, phases or []
     results = newest.results if newest else []
     finished = bool(newest and newest.finished)
     entries = [dict(phase) | dict(results[i] if i < len(results) else {}) for i, phase in enumerate(phases)]
@@ -101,15 +105,12 @@ def _run(path: Path, records: list[Progress], damage: list[str]) -> dict[str, An
     return {"state": state, "finished": finished, "config": config, "phases": entries}
 
 
-def _read(path: Path, parse: Callable[[str], Any], damage: list[str]) -> Any:
-    """A small text file of a run; None when there is none or it is damaged."""
+def _found(read: Callable[[], Any], damage: list[str]) -> Any:
+    """What `read` gives; None where that is damaged, which is noted once."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        damage.append(f"{path} is damaged: {first}; restore it from a copy, or start again in another run.dir")
+        return read()
+    except (UsageError, RunError) as error:
+        damage += [] if str(error) in damage else [str(error)]
         return None
 
 
