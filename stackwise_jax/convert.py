@@ -11,6 +11,7 @@ from typing import Any, get_args
 from stackwise_jax.config.schema import Format, StackInit
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting.command import add_common, run_command
+from stackwise_jax.reporting.terminal import say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,7 +64,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     answer = convert_run(Source(args.run, depth=args.depth), Path(args.out), changes, adapters, args.seed or 0)
     blocks = " + ".join(map(str, answer["stacks"]))
     kinds, adapters = ", ".join(answer["formats"]), len(answer["adapters"])
-    print(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks in {kinds}, {adapters} adapters")
+    say(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks in {kinds}, {adapters} adapters")
     return answer
 
 
