@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stackwise_jax.config.schema import DataConfig
-from stackwise_jax.data import builtin, markov_entropy
+from stackwise_jax.data import builtin, markov_entropy, sources
 from stackwise_jax.data.sources import read_documents, shuffled, split_documents, text_documents
 from stackwise_jax.errors import UsageError
 
@@ -145,10 +145,10 @@ def test_failing_read_is_named(tmp_path, monkeypatch):
     path = tmp_path / "t.txt"
     path.write_text("a\nb")
 
-    def refuse(self):
+    def refuse(path, limit):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    monkeypatch.setattr(sources, "read_regular", refuse)
     with pytest.raises(UsageError, match=r"t.txt cannot be read \(Permission denied\)"):
         split_documents(text_config(path), seed=0)
 
