@@ -48,10 +48,7 @@ def explain(error: BaseException, interrupted: str = "interrupted before the end
         case OSError() if error.filename is not None or _is_full(error):
             return _explain_file(error), FAILURE
         case RecursionError():
-            return (
-                "something in the arguments or the files is nested too deeply; write fewer levels of brackets",
-                FAILURE,
-            )
+            return "an argument or a file is nested too deeply; write fewer levels of brackets or sections", FAILURE
         case _:
             what = type(error).__name__ + (f": {text}" if text else "")
             return f"{what}; run again with --debug for the traceback", FAILURE

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from stackwise_jax.checkpoint import Location, Progress, Store, readable
+from stackwise_jax.config import load_config
 from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.files import read_regular
 from stackwise_jax.memory.quantized import QuantizedTensor, dequantize
 
 CONFIG, PHASES, CHECKPOINTS = "config.yaml", "phases.json", "checkpoints"
@@ -75,8 +76,8 @@ def _record(record: Progress) -> dict[str, Any]:
 
 def _run(path: Path, records: list[Progress], damage: list[str]) -> dict[str, Any]:
     """The part of the report that only a run has."""
-    config = _read(path / CONFIG, yaml.safe_load, damage) or {}
-    phases = _read(path / PHASES, json.loads, damage) or []
+    config = _read(path / CONFIG, lambda _: load_config(path / CONFIG).to_dict(), damage) or {}
+    phases = _read(path / PHASES, _phases, damage) or []
     newest = records[-1] if records else None
     results = newest.results if newest else []
     finished = bool(newest and newest.finished)
@@ -97,16 +98,34 @@ def _run(path: Path, records: list[Progress], damage: list[str]) -> dict[str, An
     return {"state": state, "finished": finished, "config": config, "phases": entries}
 
 
-def _read(path: Path, parse: Callable[[str], Any], damage: list[str]) -> Any:
-    """A small text file of a run; None when there is none or it is damaged."""
+def _read(path: Path, parse: Callable[[bytes], Any], damage: list[str]) -> Any:
+    """A small file of a run; None when there is none or it is damaged."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(read_regular(path, follow=False))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        damage.append(f"{path} is damaged: {first}; restore it from a copy, or start again in another run.dir")
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        damage.append(f"{path} is damaged: {why}; restore it from a copy, or start again in another run.dir")
         return None
+
+
+def _phases(content: bytes) -> list[dict[str, Any]]:
+    """The table of phases. Raises ValueError where it is none."""
+    table = json.loads(content)
+    if not isinstance(table, list) or not all(_is_phase(phase) for phase in table):
+        raise ValueError("it is no table of phases with names and numbers of stacks")
+    return table
+
+
+def _is_phase(phase: Any) -> bool:
+    if not isinstance(phase, dict) or not isinstance(phase.get("name"), str):
+        return False
+    return all(_are_numbers(phase.get(key, [])) for key in ("path", "train", "adapt"))
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
 
 
 def _wanted(store: Store, location: Location, stack: int | None) -> dict[str, list[int]]:
@@ -149,11 +168,8 @@ def _item(store: Store, name: str, version: int, norms: bool) -> dict[str, Any]:
         {"name": leaf, "shape": list(s.shape), "dtype": s.dtype.name, "bytes": s.size * s.dtype.itemsize}
         for leaf, s in shapes.items()
     ]
-    item: dict[str, Any] = {
-        "values": sum(s.size for s in shapes.values())
-    }  # but of quantized matrices, where the meta knows better
-    item |= {"name": name, "version": version, "path": str(path), **store.item_meta(name, version)}
-    item["loss_history"] = [_point(point) for point in item.get("loss_history", [])]
+    item: dict[str, Any] = {"values": sum(s.size for s in shapes.values())}  # the meta knows better: what is quantized
+    item |= _meta(path, store.item_meta(name, version)) | {"name": name, "version": version, "path": str(path)}
     item["bytes"] = sum(leaf["bytes"] for leaf in leaves)
     item["bits_per_value"] = 8 * item["bytes"] / max(item["values"], 1)
     item["disk_bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -179,9 +195,26 @@ def _norms(tree: Any, fmt: str, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, float(np.linalg.norm(tree.astype(np.float64).ravel()))
 
 
-def _point(point: Any) -> dict[str, Any]:
-    """A point of a loss history, written as [step, loss] or as {"step", "loss"}; step counts over the whole run."""
-    return dict(point) if isinstance(point, Mapping) else {"step": point[0], "loss": point[1]}
+def _meta(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts about an item, with the loss history as [{"step", "loss"}, ...]; steps count over the whole run.
+
+    Raises:
+        RunError: a fact is not of its kind.
+    """
+    try:
+        history = [dict(point) if isinstance(point, Mapping) else dict(zip(("step", "loss"), point, strict=True))
+                   for point in meta.get("loss_history", [])]  # fmt: skip
+        sound = all(type(p["step"]) is int and (p["loss"] is None or _is_number(p["loss"])) for p in history)
+        sound &= type(meta.get("values", 0)) is int and type(meta.get("step", 0)) is int
+        if not sound or not all(isinstance(meta.get(key, ""), str) for key in ("phase", "format")):
+            raise ValueError("a fact about it is not of its kind")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: what meta.json says is damaged ({error}); restore it from a copy") from error
+    return {**meta, "loss_history": history}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

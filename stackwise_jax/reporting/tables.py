@@ -140,8 +140,17 @@ def make_table(title: str, columns: Columns, rows: Sequence[Mapping[str, Any]]) 
         drawn.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         cells = ((row.get(key), form) for _, key, form in columns)
-        drawn.add_row(*(Text("-" if value is None else printable(form(value))) for value, form in cells))
+        drawn.add_row(*(Text(_cell(value, form)) for value, form in cells))
     return drawn
+
+
+def _cell(value: Any, form: Callable[[Any], str]) -> str:
+    if value is None:
+        return "-"
+    try:
+        return printable(form(value))
+    except (TypeError, ValueError):  # not of its kind, as a damaged file may say: shown as it is
+        return printable(str(value))
 
 
 def print_plan(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
