@@ -160,7 +160,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make):
 
 
 def test_an_empty_path_is_not_the_working_directory():
-    with pytest.raises(UsageError, match="data.valid_path is empty"):
+    with pytest.raises(UsageError, match=r"data\.valid_path is empty"):
         split_documents(DataConfig(source="synthetic", valid_path=""), seed=0)
 
 
