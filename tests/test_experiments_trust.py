@@ -13,12 +13,12 @@ import pytest
 TRUST = Path(__file__).parent.parent / "experiments" / "trust"
 DOZEN = (
     "train model.d_model=abc",
-    "train learning_rate",
-    "plan YAML: a key twice",
+    "train --learning_rate",
+    "train YAML: open bracket",
     "plan --device nope",
     "train data.path @files/utf16.txt",
     "train data.path @files/pipe.txt",
-    "train tokenizer.path @files/random",
+    "train tokenizer.path @files/random.model",
     "train run.dir @canary/precious.txt",
     "evaluate RUN @canary",
     "evaluate --data.path /dev/zero",
@@ -57,12 +57,12 @@ def test_there_are_hundreds_of_cases_for_all_commands(parts):
 @pytest.mark.parametrize("name", DOZEN)
 def test_a_dozen_of_them_in_this_process(parts, workshop, name, monkeypatch):
     inputs, worker = parts["bad_inputs"], parts["bad_worker"]
-    found = [case for case in parts["bad_cases"].all_cases() if f"{case.command} {case.name}".startswith(name)]
+    case = next(case for case in parts["bad_cases"].all_cases() if f"{case.command} {case.name}" == name)
     monkeypatch.chdir(workshop / "cwd")
-    main = importlib.import_module(f"stackwise_jax.{found[0].command}").main
+    main = importlib.import_module(f"stackwise_jax.{case.command}").main
     before = inputs.snapshot(workshop)
-    result = worker.run(main, inputs.arguments_of(found[0], workshop), seconds=0)  # 0: no alarm
-    assert inputs.faults(found[0], result, before, inputs.snapshot(workshop), 20) == [], result
+    result = worker.run(main, inputs.arguments_of(case, workshop), seconds=0)  # 0: no alarm
+    assert inputs.faults(case, result, before, inputs.snapshot(workshop), 20) == [], result
 
 
 def test_what_is_wrong_is_seen(parts, tmp_path):
@@ -99,6 +99,6 @@ def test_what_is_wrong_is_seen(parts, tmp_path):
     assert faults(unforeseen) == ["an unforeseen error"]
     assert faults(writes) == [f"changed {tmp_path / 'left'}"]
     assert faults(steers) == ["a control character"]
-    assert faults(lambda argv: [][0]) == ["a traceback", "exit code None", "6 lines on stderr"]
+    assert faults(lambda argv: [][0])[:2] == ["a traceback", "exit code None"]
     assert faults(lambda argv: 0)[0] == "exit code 0"
     assert "1 seconds" in faults(hangs, seconds=0.5) and "exit code None" in faults(hangs)

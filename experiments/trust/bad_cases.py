@@ -38,7 +38,7 @@ KEYS = {
     "data.seq_len": NO_COUNT,
     "data.batch_size": NO_COUNT,
     "data.synthetic_tokens": NO_COUNT,
-    "run.keep": NO_COUNT,
+    "run.keep": NO_COUNT[:-1],
     "run.save_every": NO_COUNT[:-2],
     "run.seed": ("1.5", "abc", "[1]", "nan"),
     "optimizer.lr": NO_NUMBER,
@@ -87,7 +87,7 @@ YAML = {
     "number as key": "1: 2\n",
     "truth as key": "true: 1\n",
     "date as value": "model:\n  d_model: 2026-01-01\n",
-    "octal": "model:\n  d_model: 010\n",
+    "octal": "model:\n  d_model: 010\n  n_heads: 7\n",
     "clock": "model:\n  d_model: 1:30\n",
     "quoted null": 'model:\n  d_model: "null"\n',
     "yes": "model:\n  d_model: yes\n",
@@ -131,11 +131,11 @@ def configurations() -> Iterator[Case]:
     for i, key in enumerate(WRONG_KEYS):
         yield Case(key, commands[i % 2], (*small(), "--run.dir=@out", key, "1"))
     for i, odd in enumerate(ODD_ARGUMENTS):
-        yield Case(
-            " ".join(odd)[:40], commands[i % 2], (*small(), "--run.dir=@out", *odd), allowed="process_id" in odd[0]
-        )
+        command = "train" if odd[0].startswith("--mesh") else commands[i % 2]  # plan looks at one process only
+        yield Case(" ".join(odd)[:40], command, (*small(), "--run.dir=@out", *odd), allowed="process_id" in odd[0])
     for i, (name, text) in enumerate(YAML.items()):
-        yield Case(f"YAML: {name}", commands[i % 2], ("--run.dir=@out",), yaml=text)
+        command = "train" if name == "surrogate" else commands[i % 2]  # a plan has no use for a name
+        yield Case(f"YAML: {name}", command, ("--run.dir=@out",), yaml=text)
 
 
 # Text, tokenizers and places of runs.
@@ -149,7 +149,6 @@ DATA = (
     "x/" * 3000,
     "a\0b",
     "@files/absent.txt",
-    "@good",
     "\udcff.txt",
     "~nobody/x",
 )
@@ -201,17 +200,16 @@ HARMLESS = {
     "phases-numbers": ("evaluate", "generate", "convert"),
     "phases-deep": ("evaluate", "generate", "convert"),
     "phases-digits": ("evaluate", "generate", "convert"),
-    "config-type": ("inspect",),
-    "meta-format": ("inspect",),
+    "config-huge": ("inspect",),
+    "meta-format": tuple(READERS),
     **{f"rack-{what}": ("inspect",) for what in ("empty", "list", "deep", "vocab", "blocks", "pipe")},
-    **{f"tokenizer-{what}": ("inspect",) for what in ("file", "list", "deep", "pipe", "kind", "no-model")},
-    "no-tokenizer": ("inspect",),
+    **{f"tokenizer-{what}": ("inspect",) for what in ("list", "deep", "pipe", "kind", "no-model")},
+    **{name: tuple(READERS) for name in ("no-tokenizer", "tokenizer-file")},  # bytes need no file
     "meta-history": ("evaluate", "generate", "convert"),
     "progress-results": ("inspect",),
     "no-progress": ("inspect",),
-    "no-checkpoints": ("inspect",),
-    "progress-no-versions": ("inspect",),
-    "progress-phase": ("inspect",),
+    **{name: ("inspect",) for name in ("no-checkpoints", "checkpoints-file", "stacks-link")},
+    **{name: tuple(READERS) for name in ("progress-no-versions", "progress-phase")},  # of a run that has ended
 }
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import os
 import random
 import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from stackwise_jax.train import main as train
 
 SMALL = {
     "data.source": "synthetic",
@@ -52,8 +54,9 @@ def build(folder: Path, runs: Iterable[str] | None = None) -> None:
     for name in ("files", "runs", "canary", "cwd"):
         (folder / name).mkdir(parents=True)
     (folder / "canary" / "precious.txt").write_text("must stay")
-    line = [sys.executable, "-m", "stackwise_jax.train", *small(run__dir=folder / "good")]
-    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    with contextlib.redirect_stdout(io.StringIO()):
+        if train(small(run__dir=folder / "good")):
+            raise SystemExit("the good run could not be trained")
     for name, make in FILES.items():
         make(folder / "files" / name)
     for name in RUNS if runs is None else runs:

@@ -29,18 +29,19 @@ def stop(number, frame) -> None:
 
 
 @contextlib.contextmanager
-def captured(stream: str):
-    """The descriptor of stdout or stderr goes to a file meanwhile, what C++ writes included."""
-    number = {"stdout": 1, "stderr": 2}[stream]
-    getattr(sys, stream).flush()
+def captured(name: str):
+    """Everything that goes to stdout or stderr, what C++ writes included: a list that holds the text afterwards."""
+    number, before, text = {"stdout": 1, "stderr": 2}[name], getattr(sys, name), []
+    before.flush()
     saved = os.dup(number)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile() as file, open(os.dup(file.fileno()), "w", encoding="utf-8") as stream:
         os.dup2(file.fileno(), number)
-        text: list[str] = []
+        setattr(sys, name, stream)
         try:
             yield text
         finally:
-            getattr(sys, stream).flush()
+            stream.flush()
+            setattr(sys, name, before)
             os.dup2(saved, number)
             os.close(saved)
             file.seek(0)
