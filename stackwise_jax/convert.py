@@ -13,6 +13,7 @@ from stackwise_jax.config.bounds import BLOCKS, COUNTER, SEED
 from stackwise_jax.config.schema import Format, StackInit
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting.command import add_common, run_command
+from stackwise_jax.reporting.terminal import say
 
 
 def build_parser() -> CommandParser:
@@ -80,10 +81,10 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     answer = convert_run(Source(args.run, depth=args.depth), Path(args.out), changes, adapters, args.seed or 0)
     blocks = " + ".join(map(str, answer["stacks"]))
     kinds, adapters = ", ".join(answer["formats"]), len(answer["adapters"])
-    print(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks in {kinds}, {adapters} adapters")
+    say(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks in {kinds}, {adapters} adapters")
     if answer["merged_into"]:
         base = "as they were trained" if changes.base == "trained" else "as they are stored"
-        print(f"adapters were merged into the weights {base}, in {', '.join(answer['merged_into'])}")
+        say(f"adapters were merged into the weights {base}, in {', '.join(answer['merged_into'])}")
     return answer
 
 

@@ -13,6 +13,7 @@ from stackwise_jax.config.schema import ObjectiveKind
 from stackwise_jax.curriculum.phase import AttentionMode
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting import add_common, run_command
+from stackwise_jax.reporting.terminal import say
 
 MOST_DRAWS = 10_000  # their mean is a hundred times as exact as one of them
 _MEASURES = {
@@ -69,9 +70,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         result = evaluate_experts(experts, dataset, **measure)
     depth = sum(len(expert.rack.stacks) for expert in experts)
     error = f" ± {result['standard_error']:.4f}" if result["standard_error"] else ""
-    print(
-        f"{_MEASURES[result['noise']]}, depth {depth}, {result['tokens']:.0f} tokens of "
-        f"{args.path or 'the held-out text'}\n"
+    measured = f"{_MEASURES[result['noise']]}, depth {depth}, {result['tokens']:.0f} tokens"
+    say(f"{measured} of {args.path or 'the held-out text'}")
+    say(
         f"loss {result['loss']:.4f} nats per token · perplexity {result['perplexity']:.2f} · "
         f"{result['bits_per_byte']:.4f}{error} bits per byte · accuracy {result['accuracy']:.3f}"
     )

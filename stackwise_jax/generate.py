@@ -12,6 +12,7 @@ from stackwise_jax.config import CommandParser, number, path, whole_number
 from stackwise_jax.config.bounds import COUNTER, SAMPLE, SEED
 from stackwise_jax.errors import UsageError
 from stackwise_jax.reporting.command import add_common, run_command
+from stackwise_jax.reporting.terminal import printable, say
 
 if TYPE_CHECKING:
     from stackwise_jax.engine import LoadedRun
@@ -103,7 +104,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     _warn_of_length(result.n_prompt + result.n_new, runs[0].config.data.seq_len)
-    print(result.text)
+    print(printable(result.text, keep="\n\t"))
     return {
         "prompt": args.prompt,
         "text": result.text,
@@ -130,10 +131,10 @@ def _is_text(argument: str) -> bool:
 
 def _warn_of_length(n_tokens: int, seq_len: int) -> None:
     if n_tokens > seq_len:
-        print(
+        say(
             f"note: prompt and new text are {n_tokens} tokens long, the run saw at most {seq_len} at once "
             "(data.seq_len); beyond that the text may be worse",
-            file=sys.stderr,
+            stderr=True,
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from stackwise_jax.reporting import (
     print_plan,
     run_command,
 )
+from stackwise_jax.reporting.terminal import printable
 
 if TYPE_CHECKING:
     from stackwise_jax.engine import Setup
@@ -50,20 +51,30 @@ def build_parser() -> ConfigArgumentParser:
     return parser
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_on_signal():
-    """A flag that the first Ctrl-C (or SIGTERM) sets, so that the run saves and stops; the second acts as usual."""
+    """A flag that the first Ctrl-C, SIGTERM or SIGHUP sets, so that the run saves and stops; the second acts as usual.
+
+    SIGHUP (the terminal was closed) comes twice of itself, from the terminal and from the shell, so its second one
+    changes nothing. Where it is ignored from the start, as under nohup, it stays so.
+    """
     from stackwise_jax.engine import StopFlag
 
     stop = StopFlag()
     before = {}
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
 
     def ask(number, frame):
         stop.set()
-        signal.signal(number, before[number])
-        os.write(2, b"stopping after this step; once more to stop at once\n")  # safe also amid another print
+        if number != hangup:
+            signal.signal(number, before[number])
+        with contextlib.suppress(OSError):  # stderr may have gone with the terminal
+            os.write(2, b"stopping after this step; once more to stop at once\n")  # safe also amid another print
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    for number in numbers:
         before[number] = signal.signal(number, ask)
     try:
         yield stop
@@ -83,7 +94,8 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     if first:
         print_notes(overruled(config, written, alone=args.dry_run))
     if args.print_config:
-        print(resolved_yaml(config), end="")
+        text = resolved_yaml(config)  # in a file it has to be read back: only a terminal gets it with escapes
+        print(printable(text, keep="\n") if sys.stdout.isatty() else text, end="")
         return config.to_dict()
     run_dir = run_directory(config, args.config)
     if args.dry_run:
@@ -142,6 +154,7 @@ def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any]:
     from stackwise_jax.memory.devices import machine_of
     from stackwise_jax.reporting import make_console
     from stackwise_jax.reporting.plan_text import dry_run_rows
+    from stackwise_jax.reporting.tables import print_line
 
     # What the other processes would do is not waited for: a dry run looks at the devices of this one.
     alone = dataclasses.replace(config.mesh, num_processes=1, process_id=0, coordinator=None)
@@ -149,12 +162,12 @@ def dry_run(config: StackWiseConfig, run_dir: Path) -> dict[str, Any]:
     plan = plan_run(setup, machine_of(None, None, None, run_dir), compiled=True)
     rows, rack, console = dry_run_rows(plan), setup.rack, make_console()
     learns = rack.parameter_count(trainable_only=True)
-    console.print(
+    print_line(
+        console,
         f"{len(rack.stacks)} stacks of {list(setup.plan.stack_sizes)} blocks, {rack.parameter_count():,} parameters "
         f"({learns:,} can learn); vocabulary {rack.vocab_size}; {len(setup.train)} training and {len(setup.valid)} "
         f"held-out sequences of {config.data.seq_len} tokens, an epoch uses all of the former in "
         f"{setup.loader().n_batches} batches; run directory {run_dir}",
-        soft_wrap=True,
     )
     print_plan(rows, console)
     return {"parameters": rack.parameter_count(), "run": str(run_dir), "phases": rows}

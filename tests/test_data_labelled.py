@@ -67,6 +67,8 @@ def test_classes_of_another_file_keep_their_order(tmp_path):
         (b"one\t1\ntwo\t2\n", 2, "'2' is none of ['0', '1']"),
         (b"one\t1\r\ntwo\t0\r\n\xe9\t1\r\n", 3, "is not UTF-8"),
         (b"\xef\xbb\xbf\xff\t1\n", 1, "is not UTF-8"),
+        ("one\t1\n".encode("utf-16"), 1, "is not UTF-8 text but utf-16; convert it"),
+        (b"one\t1\ntwo\x00\t1\n", 2, "is not UTF-8 text but a binary file"),
         (b"", 1, "no example"),
         (b"\n \n", 3, "no example"),
     ],
@@ -90,6 +92,8 @@ def test_header_alone_is_no_example_and_is_counted_as_a_line(tmp_path):
 def test_file_that_cannot_be_read(tmp_path):
     with pytest.raises(UsageError, match=r"t\.tsv cannot be read \(No such file"):
         read_labelled(tmp_path / "t.tsv", header=False)
+    with pytest.raises(UsageError, match=r"/dev/zero cannot be read \(it is not a regular file"):
+        read_labelled("/dev/zero", header=False)
 
 
 # Sequences

@@ -4,15 +4,17 @@ import collections
 import itertools
 import json
 import math
+import os
 import random
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stackwise_jax.config.schema import DataConfig
-from stackwise_jax.data import builtin, markov_entropy
+from stackwise_jax.data import builtin, markov_entropy, sources
 from stackwise_jax.data.sources import read_documents, shuffled, split_documents, text_documents
 from stackwise_jax.errors import UsageError
 
@@ -91,6 +93,12 @@ BAD_FILES = {
     "empty": (b"", r"data.path .*t.txt holds no text"),
     "blank": (b" \n\n\t\n", r"data.path .*t.txt holds no text"),
     "latin1": ("café".encode("latin1"), r"data.path: .*t.txt is not UTF-8 text \(byte 3\)"),
+    "UTF-16": ("café\n\nb".encode("utf-16"), r"t.txt is not UTF-8 text but utf-16; .*iconv -f utf-16 -t utf-8"),
+    "UTF-16 big": ("\ufeffab".encode("utf-16-be"), r"t.txt is not UTF-8 text but utf-16; .*iconv -f utf-16 -t utf-8"),
+    "UTF-16 without a mark": ("café\n\nb".encode("utf-16-le"), r"t.txt is not UTF-8 text but utf-16le; .*-f utf-16le"),
+    "UTF-32": ("ab".encode("utf-32"), r"t.txt is not UTF-8 text but utf-32; .*iconv -f utf-32 -t utf-8"),
+    "binary": (b"ab\x00\xff\xfe" + b"x" * 99, r"t.txt is not UTF-8 text but a binary file \(byte 2 is zero\)"),
+    "zero byte": (b"one\n\ntwo\x00", r"t.txt is not UTF-8 text but a binary file \(byte 8 is zero\)"),
     "single": (b"only one line", r"single document, so none can be held out.*data.valid_path"),
 }
 
@@ -110,6 +118,9 @@ BAD_LINES = {
     "no key": ('{"body": "a"}', r"d.jsonl, line 3: has no key 'text'.*data.text_key"),
     "no object": ('["text"]', r"d.jsonl, line 3: has no key 'text'"),
     "no string": ('{"text": 3}', r"d.jsonl, line 3: 'text' is no string"),
+    "deep": ("[" * 100_000, r"d.jsonl, line 3: is nested too deeply"),
+    "twice": ('{"text": "a", "text": "b"}', r"d.jsonl, line 3: is no JSON \(the key 'text' stands twice\)"),
+    "null": ('{"text": null}', r"d.jsonl, line 3: 'text' is no string"),
     "half a pair": ('{"text": "\\ud83d"}', r"d.jsonl, line 3: 'text' holds half of a surrogate pair"),
 }
 
@@ -121,6 +132,59 @@ def test_bad_jsonl_line_is_named(tmp_path, case):
     path.write_text('{"text": "fine"}\n\n' + line + "\n")
     with pytest.raises(UsageError, match=message):
         split_documents(DataConfig(source="jsonl", path=str(path)), seed=0)
+
+
+def test_what_stands_beside_the_text_does_not_matter(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a", "n": ' + "9" * 5000 + '}\n{"x": NaN, "text": "b", "y": -Infinity}\n')
+    assert read_documents(path, DataConfig(source="jsonl"), "data.path") == ["a", "b"]
+
+
+@pytest.mark.parametrize("make", ["pipe", "device", "loop", "long name", "file in the way"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make):
+    path = tmp_path / "t.txt"
+    if make == "pipe":
+        os.mkfifo(path)
+    elif make == "device":
+        path = Path("/dev/zero")
+    elif make == "loop":
+        path.symlink_to(path)
+    elif make == "long name":
+        path = tmp_path / ("x" * 300)
+    else:
+        path.write_text("")
+        path = path / "t.txt"
+    with pytest.raises(UsageError, match=r"data\.path[: ].*(cannot be read|does not exist)") as failure:
+        read_documents(path, DataConfig(source="text"), "data.path")
+    assert "\n" not in str(failure.value)
+
+
+def test_an_empty_path_is_not_the_working_directory():
+    with pytest.raises(UsageError, match=r"data\.valid_path is empty"):
+        split_documents(DataConfig(source="synthetic", valid_path=""), seed=0)
+
+
+def test_nothing_in_a_folder_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "below").mkdir()
+    cfg = DataConfig(source="text")
+    gone = tmp_path / "below" / "b.txt"
+    gone.symlink_to(tmp_path / "absent")  # as a file that vanishes between listing and reading
+    with pytest.raises(UsageError, match=r"data.path: .*b.txt cannot be read \(No such file"):
+        read_documents(tmp_path, cfg, "data.path")
+    gone.unlink()
+    assert read_documents(tmp_path, cfg, "data.path") == ["one", "two"]
+
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("below"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=r"below cannot be read \(Permission denied\)"):
+        read_documents(tmp_path, cfg, "data.path")
 
 
 def test_bad_paths_and_keys(tmp_path):
@@ -145,10 +209,10 @@ def test_failing_read_is_named(tmp_path, monkeypatch):
     path = tmp_path / "t.txt"
     path.write_text("a\nb")
 
-    def refuse(self):
+    def refuse(path, limit):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    monkeypatch.setattr(sources, "read_regular", refuse)
     with pytest.raises(UsageError, match=r"t.txt cannot be read \(Permission denied\)"):
         split_documents(text_config(path), seed=0)
 

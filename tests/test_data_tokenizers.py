@@ -1,6 +1,7 @@
 """Text to tokens and back, for bytes and SentencePiece, and the tokenizer kept in a run."""
 
 import io
+import os
 import random
 
 import numpy as np
@@ -184,6 +185,92 @@ def test_damaged_saved_tokenizer(tmp_path, trained, damage):
         model.unlink()
     with pytest.raises(RunError, match=r"the tokenizer in .* is damaged"):
         load_tokenizer(TokenizerConfig(kind="sentencepiece", vocab_size=400), some_texts, tmp_path)
+
+
+RECORDS = {
+    "a list": "[1]",
+    "a number": "3",
+    "nothing": "",
+    "deep": "[" * 100_000,
+    "no kind": '{"fingerprint": "x"}',
+    "a kind that is none": '{"kind": {"a": 1}, "fingerprint": "x"}',
+    "a fingerprint that is none": '{"kind": "sentencepiece", "fingerprint": null}',
+    "no UTF-8": b"\xff\xfe\x00",
+    "too long a number": '{"kind": ' + "9" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_record_with_wrong_fields_is_damaged(tmp_path, trained, case):
+    trained.save(tmp_path)
+    text = RECORDS[case]
+    (tmp_path / "tokenizer.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RunError, match=r"the tokenizer in .* is damaged \("):
+        load_tokenizer(TokenizerConfig(kind="sentencepiece", vocab_size=400), some_texts, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("what", ["pipe", "link", "too large"])
+def test_a_saved_tokenizer_is_regular_files_of_bounded_size(tmp_path, trained, name, what):
+    trained.save(tmp_path)
+    path = tmp_path / name
+    content = path.read_bytes()
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "link":
+        (tmp_path / "elsewhere").write_bytes(content)
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.touch()
+        os.truncate(path, 2**40)
+    with pytest.raises(RunError, match=r"the tokenizer in .* is damaged"):
+        load_tokenizer(TokenizerConfig(kind="sentencepiece", vocab_size=400), some_texts, tmp_path)
+
+
+def test_saving_replaces_a_link_and_does_not_follow_it(tmp_path, trained):
+    (tmp_path / "outside").write_text("mine")
+    for name in ("tokenizer.json", "tokenizer.json.tmp", "tokenizer.model.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "outside")
+    trained.save(tmp_path)
+    assert (tmp_path / "outside").read_text() == "mine"
+    load_tokenizer(TokenizerConfig(kind="sentencepiece", vocab_size=400), None, tmp_path)
+
+
+def proto(*pieces: tuple[bytes, int]) -> bytes:
+    """A SentencePiece model with these (piece, type) entries and nothing else."""
+    entries = (
+        b"\x0a" + bytes([len(piece)]) + piece + b"\x15\0\0\x80\xbf\x18" + bytes([kind]) for piece, kind in pieces
+    )
+    return b"".join(b"\x0a" + bytes([len(entry)]) + entry for entry in entries)
+
+
+MODELS = {
+    "one byte": b"\x0a",
+    "no pieces": b"\x12\x00",
+    "only the unknown piece": proto((b"<unk>", 2)),
+    "no unknown piece": proto((b"a", 1)),
+    "twice a piece": proto((b"<unk>", 2), (b"a", 1), (b"a", 1)),
+    "no UTF-8": proto((b"<unk>", 2), (b"\xff\xfe", 1)),
+    "random": random.Random(0).randbytes(5000),
+}
+
+
+@pytest.mark.parametrize("case", ["cut", *MODELS])
+def test_a_damaged_model_is_a_sentence_and_nothing_else(tmp_path, trained, case, capfd):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(trained.model[: len(trained.model) // 2] if case == "cut" else MODELS[case])
+    with pytest.raises(UsageError, match=r"tokenizer.path .*tokenizer.model is no SentencePiece model"):
+        load_tokenizer(TokenizerConfig(kind="file", path=str(path)))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "folder", "pipe"])
+def test_a_model_that_is_no_regular_file(tmp_path, path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"tokenizer.path .* cannot be read"):
+        load_tokenizer(TokenizerConfig(kind="file", path=str(tmp_path / path)))
 
 
 def test_unwritable_folder(tmp_path):

@@ -26,7 +26,7 @@ from stackwise_jax.reporting import (
     print_summary,
     run_command,
 )
-from stackwise_jax.reporting.tables import clock, count, legible, stack_ids
+from stackwise_jax.reporting.tables import clock, count, stack_ids
 
 PHASE = Phase(name="stack_1", path=(0, 1), train=frozenset({1}), train_head=True)
 INFO = {"steps": 20, "start_step": 0, "trainable_params": 1234, "frozen_params": 5_600_000, "cache": "host: [it] fits"}
@@ -213,12 +213,12 @@ def test_on_a_terminal_there_is_a_bar_that_goes_away():
     reporter.close()
 
 
-def test_the_end_is_a_table_and_a_legible_sample():
+def test_the_end_is_a_table_and_a_printable_sample():
     shown = console(width=80)
     reporter = ConsoleReporter(shown)
     reporter.finish({"phases": [RESULT, RESULT | {"name": "stack_2"}]}, "The [b]cat\x1b[31m\nsat")
     text = text_of(shown)
-    for said in ("stack_1", "stack_2", "3.1250", "205K", "1.50e+15", "01:05", "2.0 GiB", "The [b]cat\ufffd[31m\nsat"):
+    for said in ("stack_1", "stack_2", "3.1250", "205K", "1.50e+15", "01:05", "2.0 GiB", "The [b]cat\\x1b[31m\nsat"):
         assert said in text
     assert "device" not in text  # nobody measured it
     assert max(map(len, text.splitlines())) <= 80
@@ -265,7 +265,6 @@ def test_numbers_are_short():
         "7.2s", "01:00", "03:05", "1:02:03", "-", "-",
     ]  # fmt: skip
     assert stack_ids((0, 1, 2, 5, 4)) == "0-2, 5, 4"
-    assert legible("a\tb\n\x07é") == "a\tb\n\ufffdé"
 
 
 # TensorBoard.

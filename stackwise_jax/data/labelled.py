@@ -5,7 +5,6 @@ Legend: N examples of the dataset, B batch, T sequence length.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stackwise_jax.data.sources import shuffled
+from stackwise_jax.data.sources import decode_text, shuffled
 from stackwise_jax.data.tokenizers import Tokenizer
 from stackwise_jax.errors import UsageError
+from stackwise_jax.files import read_regular
 from stackwise_jax.objectives.batch import Examples
 
 NO_LABEL = -1  # of rows that only fill a batch
@@ -78,16 +78,12 @@ def read_labelled(
 
 def _lines(path: Path) -> list[str]:
     try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        content = read_regular(path, limit=None)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); write the path of a file that can") from error
-    try:
-        return [line.removesuffix("\r") for line in content.decode().split("\n")]
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{path}, line {number}: is not UTF-8 text; convert the file, for instance with iconv -f latin1 -t utf-8"
-        ) from error
+    newline = b"\n"
+    text = decode_text(content, lambda byte: f"{path}, line {content.count(newline, 0, byte) + 1}:")
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def _columns(line: str, where: str, label_first: bool) -> tuple[str, str]:

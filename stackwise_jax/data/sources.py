@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stackwise_jax.config.schema import DataConfig
 from stackwise_jax.data.builtin import markov_documents, python_docs
 from stackwise_jax.errors import UsageError
+from stackwise_jax.files import read_regular
 
+_MARKS = (  # with which a text in another encoding begins; the longer ones first
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _BLANK_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
 
 
@@ -84,17 +95,11 @@ def read_documents(path: str | Path, cfg: DataConfig, key: str) -> list[str]:
     Raises:
         UsageError: no such path, nothing in it, not UTF-8, or a line that is not as it should be.
     """
+    if not str(path):
+        raise UsageError(f"{key} is empty; write the path of a file or a folder")
     path = Path(path)
     is_jsonl = path.suffix == ".jsonl" or (cfg.source == "jsonl" and path.suffix != ".txt")
-    suffix = ".jsonl" if is_jsonl else ".txt"
-    if path.is_dir():
-        files = sorted(p for p in path.rglob(f"*{suffix}") if p.is_file())
-        if not files:
-            raise UsageError(f"{key} {path} is a folder without a {suffix} file; name a folder that holds some")
-    elif path.exists():
-        files = [path]
-    else:
-        raise UsageError(f"{key} {path} does not exist; write the path of a file or a folder that does")
+    files = _files(path, ".jsonl" if is_jsonl else ".txt", key)
     documents = []
     for file in files:
         text = _read(file, key)
@@ -102,6 +107,76 @@ def read_documents(path: str | Path, cfg: DataConfig, key: str) -> list[str]:
     if not documents:
         raise UsageError(f"{key} {path} holds no text; write the path of a file that does")
     return documents
+
+
+def _files(path: Path, suffix: str, key: str) -> list[Path]:
+    """The file at a path, or the files with this suffix in the folder there and the folders in it.
+
+    A folder or a file that cannot be read is refused: passed over in silence it would be lost text. Links to folders
+    are not followed, for they may lead in circles.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(key, error.filename, error)
+
+    try:
+        is_folder = path.is_dir()
+        if not is_folder and not path.exists():
+            raise UsageError(f"{key} {path} does not exist; write the path of a file or a folder that does")
+    except OSError as error:  # a name that is too long, a folder on the way without rights
+        raise _unreadable(key, path, error) from error
+    if not is_folder:
+        return [path]
+    names = ((folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
+    files = sorted(Path(folder) / name for folder, name in names if name.endswith(suffix))
+    if not files:
+        raise UsageError(f"{key} {path} is a folder without a {suffix} file; name a folder that holds some")
+    return files
+
+
+def _unreadable(key: str, file: Path | str, error: OSError) -> UsageError:
+    why = (error.strerror or type(error).__name__).removeprefix("it ")
+    return UsageError(f"{key}: {file} cannot be read ({why}); check the file and its rights")
+
+
+def decode_text(content: bytes, place: Callable[[int], str]) -> str:
+    """The text of a file in UTF-8, with or without a mark at its beginning.
+
+    Args:
+        place: what a message says before "is not UTF-8 text" about the byte of this number.
+
+    Raises:
+        UsageError: it is in another encoding, or no text.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            raise UsageError(f"{place(0)} is not UTF-8 text but {encoding}; {_conversion(encoding)}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if 0 <= (zero := content.find(0)) < error.start:
+            raise _binary(content, zero, place) from error
+        raise UsageError(
+            f"{place(error.start)} is not UTF-8 text (byte {error.start}); {_conversion('latin1')}"
+        ) from error
+    if (zero := content.find(0)) >= 0:
+        raise _binary(content, zero, place)
+    return text
+
+
+def _binary(content: bytes, zero: int, place: Callable[[int], str]) -> UsageError:
+    """What is wrong with a file that holds a zero byte."""
+    begin = content[:4096]
+    for first, encoding in ((1, "utf-16le"), (0, "utf-16be")):
+        if 4 * begin[first::2].count(0) > len(begin):  # every other byte, in most of the text
+            return UsageError(f"{place(0)} is not UTF-8 text but {encoding}; {_conversion(encoding)}")
+    return UsageError(
+        f"{place(zero)} is not UTF-8 text but a binary file (byte {zero} is zero); write the path of a text file"
+    )
+
+
+def _conversion(encoding: str) -> str:
+    return f"convert it, for instance with iconv -f {encoding} -t utf-8"
 
 
 def text_documents(text: str) -> list[str]:
@@ -114,24 +189,28 @@ def text_documents(text: str) -> list[str]:
 
 def _read(file: Path, key: str) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        content = read_regular(file, limit=None)
     except OSError as error:
-        raise UsageError(f"{key}: {file} cannot be read ({error.strerror}); check the file and its rights") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{key}: {file} is not UTF-8 text (byte {error.start}); convert it, for instance with "
-            "iconv -f latin1 -t utf-8"
-        ) from error
+        raise _unreadable(key, file, error) from error
+    return decode_text(content, lambda byte: f"{key}: {file}")
 
 
 def _jsonl_documents(text: str, file: Path, text_key: str) -> list[str]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if sum(name == text_key for name, _ in pairs) > 1:
+            raise ValueError(f"the key {text_key!r} stands twice")
+        return dict(pairs)
+
     documents = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
-            record = json.loads(line)
+            # Whole numbers of any length may stand beside the text; Python refuses those of more than 4,300 digits.
+            record = json.loads(line, parse_int=float, object_pairs_hook=once)
+        except RecursionError:
+            raise UsageError(f"{where}: is nested too deeply; write one object with the text per line") from None
         except ValueError as error:
             raise UsageError(f"{where}: is no JSON ({error}); write one object per line") from error
         if not isinstance(record, dict) or text_key not in record:

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stackwise_jax import files
 from stackwise_jax.config.schema import TokenizerConfig
 from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.files import read_regular, write_atomically
 
 TRAINING_CHARACTERS = 4_000_000  # SentencePiece is trained on about as many: every k-th slice of a larger text
 _SLICE = 4096  # characters: longer documents are sliced, because the trainer leaves out overlong ones
@@ -213,7 +213,7 @@ def load_tokenizer(
         model = _read_model(cfg)
         try:
             return SentencePieceTokenizer(model, {"kind": "file"})
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeError) as error:  # the latter of pieces that are no UTF-8
             raise UsageError(
                 f"tokenizer.path {cfg.path} is no SentencePiece model; write the path of a .model file"
             ) from error
@@ -227,7 +227,7 @@ def _read_model(cfg: TokenizerConfig) -> bytes:
     if not cfg.path:
         raise UsageError("tokenizer.kind file needs tokenizer.path; write the path of a SentencePiece .model file")
     try:
-        model = Path(cfg.path).read_bytes()
+        model = read_regular(cfg.path)
     except OSError as error:
         raise UsageError(
             f"tokenizer.path {cfg.path} cannot be read ({error.strerror}); write the path of a .model file"
@@ -239,17 +239,17 @@ def _read_model(cfg: TokenizerConfig) -> bytes:
 
 def _load_saved(cfg: TokenizerConfig, saved: Path) -> Tokenizer:
     try:
-        record = json.loads(files.read_regular(saved / _RECORD, follow=False))
+        record = json.loads(read_regular(saved / _RECORD, follow=False))
         kind, fingerprint = record["kind"], record["fingerprint"]
         if kind == "bytes":
             tokenizer = ByteTokenizer()
         else:
-            model = files.read_regular(saved / _MODEL, follow=False)
+            model = read_regular(saved / _MODEL, follow=False)
             if hashlib.sha256(model).hexdigest() != fingerprint:
                 raise ValueError("the model differs from its record")
             tokenizer = SentencePieceTokenizer(model, {k: v for k, v in record.items() if k != "fingerprint"})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
-        raise RunError(f"the tokenizer in {saved} is damaged ({error}); restore it or train anew") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: also of deep nesting
+        raise RunError(f"the tokenizer in {saved} is damaged ({error}); restore it or train again") from error
     if kind != cfg.kind:
         raise UsageError(
             f"{saved} was made with tokenizer.kind {kind} and {cfg.kind} is asked for; write {kind} or another run.dir"
@@ -275,7 +275,7 @@ def _save(directory: Path, record: dict[str, Any], model: bytes | None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in contents:
             if content is not None:
-                files.write_atomically(directory / name, content)
+                write_atomically(directory / name, content)
     except OSError as error:
         raise RunError(
             f"the tokenizer cannot be written to {directory} ({error.strerror}); make room or write another run.dir"

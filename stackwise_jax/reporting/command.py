@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
-import os
+import signal
 import sys
+import threading
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import jax
-
 from stackwise_jax.checkpoint import plain
-from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.errors import UsageError
 from stackwise_jax.random_streams import fix_settings
-
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+from stackwise_jax.reporting.failures import FAILURE, INTERRUPTED, explain
+from stackwise_jax.reporting.terminal import OUTPUT_ERRORS, open_streams, say, settle
 
 
 def add_common(parser: ArgumentParser) -> None:
@@ -40,14 +39,18 @@ def run_command(
     Args:
         main: does the work; what it returns is the JSON answer (None: another process of the run gives it).
         parser: one that went through `add_common`.
-        argv: the arguments after the program's name; None: those of the process.
+        argv: the arguments after the program's name; None: those of the process, which then belongs to the command.
         interrupted: the sentence after a KeyboardInterrupt that brings none.
 
     Returns:
         0 done; 2 the request is wrong (UsageError, or the parser refuses); 130 interrupted; 1 anything else failed.
     """
+    owns_process = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in argv, "--debug" in argv  # known even when the parser fails
+    open_streams()
+    if owns_process:
+        _own_process(debug)
     try:
         args = _parse(parser, argv)
         fix_settings()
@@ -57,29 +60,48 @@ def run_command(
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # the reader (head, less) has seen enough; nothing more can be said on stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except (Exception, KeyboardInterrupt) as error:
-        sentence, code = _explain(error, interrupted)
+        sentence, code = explain(error, interrupted)
         code = FAILURE if debug else code  # what Python itself exits with after a traceback
         if as_json:
-            print_json({"error": sentence, "exit_code": code})
+            with contextlib.suppress(*OUTPUT_ERRORS):
+                print_json({"error": sentence, "exit_code": code})
         if debug:
             raise
-        print(sentence if code == INTERRUPTED else f"error: {sentence}", file=sys.stderr)
+        say(sentence if code == INTERRUPTED else f"error: {sentence}", stderr=True)
         return code
+    finally:
+        settle(sys.stdout)
+        settle(sys.stderr)
 
 
 def print_notes(lines: Iterable[str]) -> None:
     """Print what the user should know of what was asked for, a line each, on stderr."""
     for line in lines:
-        print(f"note: {line}", file=sys.stderr)
+        say(f"note: {line}", stderr=True)
 
 
 def print_json(answer: Mapping[str, Any]) -> None:
     """Print one JSON object on a line of its own; numbers that JSON does not know (nan, inf) become null."""
-    sys.stderr.flush()
+    settle(sys.stderr)
     print(json.dumps(plain(answer)), flush=True)
+
+
+def _own_process(debug: bool) -> None:
+    """Take over what there is once in a process: Ctrl-C, and errors that nobody catches."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see stackwise_jax/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if debug:
+        return
+    sys.excepthook = lambda kind, error, traceback: say(explain(error)[0], stderr=True)
+    sys.unraisablehook = lambda unraisable: None  # while something is collected or Python exits; it changes nothing
+    threading.excepthook = lambda report: _report_of_thread(report.exc_value)
+
+
+def _report_of_thread(error: BaseException | None) -> None:
+    if error is not None and not isinstance(error, SystemExit):
+        say(f"error: {explain(error)[0]}", stderr=True)
 
 
 def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
@@ -89,31 +111,3 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
     if type(parser).error is ArgumentParser.error:  # which prints its usage and exits
         vars(parser)["error"] = refuse
     return parser.parse_args(argv)
-
-
-def _explain(error: BaseException, interrupted: str) -> tuple[str, int]:
-    """The one sentence and the exit code for an exception."""
-    text = " ".join(str(error).split())
-    match error:
-        case UsageError():
-            return text, USAGE
-        case KeyboardInterrupt():
-            return text or interrupted, INTERRUPTED
-        case RunError():
-            return text, FAILURE
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
-            where = f" at {error.filename}" if error.filename else ""
-            return f"the disk is full{where}; free some space and run the same command again", FAILURE
-        case jax.errors.JaxRuntimeError() if memory := _memory_that_ran_out(text):
-            remedy = "python3 -m stackwise_jax.plan with the same arguments says what takes most and what helps"
-            return f"{memory} ran out; {remedy} ({text[:160]})", FAILURE
-        case _:
-            what = type(error).__name__ + (f": {text}" if text else "")
-            return f"{what}; run again with --debug for the traceback", FAILURE
-
-
-def _memory_that_ran_out(text: str) -> str | None:
-    """Which memory XLA found too small, where an error of it says so."""
-    if "host memory" in text:
-        return "pinned host memory"
-    return "device memory" if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text else None

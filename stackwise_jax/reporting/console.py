@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -12,9 +14,37 @@ from rich.rule import Rule
 from rich.table import Column
 
 from stackwise_jax.curriculum.phase import Phase
-from stackwise_jax.reporting.tables import clock, count, figure, legible, make_console, print_summary, size, stack_ids
+from stackwise_jax.reporting.tables import (
+    clock,
+    count,
+    figure,
+    make_console,
+    print_line,
+    print_summary,
+    size,
+    stack_ids,
+)
+from stackwise_jax.reporting.terminal import OUTPUT_ERRORS, discard, escape_unencodable, printable
 
 _REDRAW = 0.1  # seconds; a step may be far shorter
+
+
+def _never_fails(draw: Callable[..., None]) -> Callable[..., None]:
+    """A method of the reporter that does nothing once its output has failed: a run does not end because of a line."""
+
+    @functools.wraps(draw)
+    def method(self: ConsoleReporter, *args: Any, **named: Any) -> None:
+        if self.lost:
+            return
+        try:
+            draw(self, *args, **named)
+        except (*OUTPUT_ERRORS, SystemExit):  # the last is what rich makes of a reader that went away
+            self.lost = True
+            discard(self._console.file)
+            with contextlib.suppress(*OUTPUT_ERRORS, SystemExit):
+                self._stop_bar()
+
+    return method
 
 
 def _learners(phase: Phase) -> str:
@@ -40,15 +70,21 @@ class ConsoleReporter:
     """Draws a run (engine.events.Reporter), and its end, on a rich console.
 
     On a terminal a progress bar lives at the bottom; `close` (or `finish`) must be called before anyone else prints,
-    also when the run fails. Elsewhere a line is written when `interval` seconds have passed since the last one.
+    also when the run fails. Elsewhere a line is written when `interval` seconds have passed since the last one. When
+    the output fails (a full disk, a reader or a terminal that is gone) the reporter is silent from then on.
 
     Args:
         console: where to; None: stdout.
         interval: seconds between the lines of steps when there is no terminal.
+
+    Attributes:
+        lost: the output has failed.
     """
 
     def __init__(self, console: Console | None = None, interval: float = 10.0):
+        self.lost = False
         self._console = console or make_console()
+        escape_unencodable(self._console.file)
         self._interval = interval if not self._console.is_terminal else _REDRAW
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -57,16 +93,18 @@ class ConsoleReporter:
         self._last = 0.0  # when a step was last shown
 
     def _line(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
+        print_line(self._console, text)
 
+    @_never_fails
     def note(self, text: str) -> None:
         """Print one sentence."""
         self._line(text)
 
+    @_never_fails
     def phase_start(self, index: int, total: int, phase: Phase, info: Mapping[str, Any]) -> None:
         """Announce a phase (index counts from 0) and, on a terminal, begin its bar."""
-        self.close()
-        self._label, self._depth = f"[{index + 1}/{total}] {phase.name}", len(phase.path)
+        self._stop_bar()
+        self._label, self._depth = f"[{index + 1}/{total}] {printable(phase.name)}", len(phase.path)
         self._steps = steps = info["steps"]
         done = info.get("start_step", 0)
         resumed = f", going on at step {done}" if done else ""
@@ -80,11 +118,13 @@ class ConsoleReporter:
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=10), MofNCompleteColumn())
             shown = TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=False))
-            self._progress = Progress(*columns, shown, console=self._console, transient=True, refresh_per_second=4)
+            # Drawn by `step` alone: in a thread of its own a failure would be nobody's.
+            self._progress = Progress(*columns, shown, console=self._console, transient=True, auto_refresh=False)
             self._task = self._progress.add_task(self._label, total=steps, completed=done, figures="compiling")
             self._progress.start()
         self._last = time.monotonic()
 
+    @_never_fails
     def step(self, row: Mapping[str, Any]) -> None:
         """Show a step that is done; row["step"] counts from 0 within the phase."""
         now, done = time.monotonic(), row["step"] + 1
@@ -92,10 +132,11 @@ class ConsoleReporter:
             return
         self._last = now
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, figures=_figures(row))
+            self._progress.update(self._task, completed=done, figures=_figures(row), refresh=True)
         else:
             self._line(f"  {self._label} step {done}/{row['steps']} · {_figures(row)}")
 
+    @_never_fails
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Print a held-out figure inside a phase (its end is told by phase_end); row["step"] counts the steps done."""
         if row["step"] == self._steps:
@@ -105,25 +146,31 @@ class ConsoleReporter:
             f"{figure(row['bits_per_byte'], 4)} bits per byte"
         )
 
+    @_never_fails
     def phase_end(self, result: Mapping[str, Any]) -> None:
         """Take the bar away and print the held-out figures at the depth of the phase."""
-        self.close()
+        self._stop_bar()
         self._line(
             f"{self._label}: {figure(result['bits_per_byte'], 4)} bits per byte held out at depth {self._depth} "
             f"(loss {figure(result['held_out_loss'], 4)}) · {count(result['tokens'])} tokens, "
             f"{count(result['flops'])} FLOPs in {clock(result['seconds'])}"
         )
 
+    @_never_fails
     def finish(self, summary: Mapping[str, Any], sample: str | None = None) -> None:
         """Print the table of summary["phases"] and the text sample."""
-        self.close()
+        self._stop_bar()
         print_summary(summary["phases"], self._console)
         if sample:
             self._console.print(Rule("sample", align="left"))
-            self._line(legible(sample))
+            print_line(self._console, sample, keep="\n\t")
 
+    @_never_fails
     def close(self) -> None:
         """Take the bar away, if there is one."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._stop_bar()
+
+    def _stop_bar(self) -> None:
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.stop()

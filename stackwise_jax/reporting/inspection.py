@@ -84,7 +84,7 @@ def _run(path: Path, records: list[Progress], damage: list[str]) -> dict[str, An
     if newest:
         found(lambda: check_digests(path, newest.digests))
     config = found(lambda: read_config(path).to_dict()) if (path / CONFIG).exists() else {}
-    phases = found(lambda: read_rows(path)) if (path / PHASES).exists() else []
+    phases = found(lambda: _phases(path)) if (path / PHASES).exists() else []
     config, phases = config or {}, phases or []
     results = newest.results if newest else []
     finished = bool(newest and newest.finished)
@@ -112,6 +112,24 @@ def _found(read: Callable[[], Any], damage: list[str]) -> Any:
     except (UsageError, RunError) as error:
         damage += [] if str(error) in damage else [str(error)]
         return None
+
+
+def _phases(path: Path) -> list[dict[str, Any]]:
+    """The table of phases. Raises UsageError or RunError where it is damaged."""
+    rows = read_rows(path)
+    if not all(map(_is_phase, rows)):
+        raise UsageError(f"{path / PHASES} is damaged: a phase has no name or no stacks; restore it from a copy")
+    return rows
+
+
+def _is_phase(phase: Any) -> bool:
+    if not isinstance(phase, dict) or not isinstance(phase.get("name"), str):
+        return False
+    return all(_are_numbers(phase.get(key, [])) for key in ("path", "train", "adapt"))
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
 
 
 def _wanted(store: Store, location: Location, stack: int | None) -> dict[str, list[int]]:
@@ -154,11 +172,8 @@ def _item(store: Store, name: str, version: int, norms: bool) -> dict[str, Any]:
         {"name": leaf, "shape": list(s.shape), "dtype": s.dtype.name, "bytes": s.size * s.dtype.itemsize}
         for leaf, s in shapes.items()
     ]
-    item: dict[str, Any] = {
-        "values": sum(s.size for s in shapes.values())
-    }  # but of quantized matrices, where the meta knows better
-    item |= {"name": name, "version": version, "path": str(path), **store.item_meta(name, version)}
-    item["loss_history"] = [_point(point) for point in item.get("loss_history", [])]
+    item: dict[str, Any] = {"values": sum(s.size for s in shapes.values())}  # the meta knows better: what is quantized
+    item |= _meta(path, store.item_meta(name, version)) | {"name": name, "version": version, "path": str(path)}
     item["bytes"] = sum(leaf["bytes"] for leaf in leaves)
     item["bits_per_value"] = 8 * item["bytes"] / max(item["values"], 1)
     item["disk_bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -184,9 +199,26 @@ def _norms(tree: Any, fmt: str, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, float(np.linalg.norm(tree.astype(np.float64).ravel()))
 
 
-def _point(point: Any) -> dict[str, Any]:
-    """A point of a loss history, written as [step, loss] or as {"step", "loss"}; step counts over the whole run."""
-    return dict(point) if isinstance(point, Mapping) else {"step": point[0], "loss": point[1]}
+def _meta(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts about an item, with the loss history as [{"step", "loss"}, ...]; steps count over the whole run.
+
+    Raises:
+        RunError: a fact is not of its kind.
+    """
+    try:
+        history = [dict(point) if isinstance(point, Mapping) else dict(zip(("step", "loss"), point, strict=True))
+                   for point in meta.get("loss_history", [])]  # fmt: skip
+        sound = all(type(p["step"]) is int and (p["loss"] is None or _is_number(p["loss"])) for p in history)
+        sound &= type(meta.get("values", 0)) is int and type(meta.get("step", 0)) is int
+        if not sound or not all(isinstance(meta.get(key, ""), str) for key in ("phase", "format")):
+            raise ValueError("a fact about it is not of its kind")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: what meta.json says is damaged ({error}); restore it from a copy") from error
+    return {**meta, "loss_history": history}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

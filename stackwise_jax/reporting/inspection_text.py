@@ -7,9 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from rich.tree import Tree
 
-from stackwise_jax.reporting.tables import Columns, clock, count, figure, make_console, make_table, members, size
+from stackwise_jax.reporting.tables import (
+    Columns,
+    clock,
+    count,
+    figure,
+    make_console,
+    make_table,
+    members,
+    print_line,
+    size,
+)
+from stackwise_jax.reporting.terminal import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
 _PHASES: Columns = (
@@ -51,9 +63,8 @@ def print_inspection(report: Mapping[str, Any], console: Console | None = None) 
         console: where to; None: stdout.
     """
     console = console or make_console()
-    console.print(
-        f"{report['kind']} {report['path']}" + (f": {report['state']}" if "state" in report else ""), soft_wrap=True
-    )
+    state = f": {report['state']}" if "state" in report else ""
+    print_line(console, f"{report['kind']} {report['path']}{state}")
     if report.get("config"):
         _print_config(report["config"], console)
     if report.get("phases"):
@@ -73,7 +84,7 @@ def print_inspection(report: Mapping[str, Any], console: Console | None = None) 
         _print_tree(alike, console)
     _print_losses([item for item in report["items"] if len(newest) == 1 or item["name"].startswith("stacks/")], console)
     for sentence in report["damage"]:
-        console.print(f"damaged: {sentence}", soft_wrap=True)
+        print_line(console, f"damaged: {sentence}")
 
 
 def _print_config(config: Mapping[str, Any], console: Console) -> None:
@@ -85,17 +96,17 @@ def _print_config(config: Mapping[str, Any], console: Console) -> None:
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
-    console.print(
+    print_line(
+        console,
         f"  model: {get('model.architecture.n_stacks')} stacks of {get('model.architecture.blocks_per_stack')} blocks, "
         f"d_model {get('model.d_model')}, {get('model.n_heads')} heads, {get('model.attention_preset')}",
-        soft_wrap=True,
     )
     plans = [entry.get("plan") for entry in get("curriculum.plans") or [] if isinstance(entry, Mapping)]
     plan = " + ".join(map(str, plans)) or get("curriculum.plan")
-    console.print(
+    print_line(
+        console,
         f"  {get('objective.kind')}, plan {plan}, {get('optimizer.name')} at {get('optimizer.lr')}, "
         f"text {get('data.path') or get('data.source')}, {get('tokenizer.kind')} tokens",
-        soft_wrap=True,
     )
 
 
@@ -117,9 +128,9 @@ def _alike(items: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any
 def _print_tree(alike: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One tree with shape, dtype, bytes (and norm) of each leaf, under the names of all items that have it."""
     names = ", ".join(item["name"] for item in alike)
-    tree = Tree(names + (" (each)" if len(alike) > 1 else ""))
+    tree = Tree(_label(names + (" (each)" if len(alike) > 1 else "")))
     if spec := alike[0].get("spec"):
-        tree.add(f"spec: {spec}")
+        tree.add(_label(f"spec: {spec}"))
     branches = {"": tree}
     for leaf in alike[0]["leaves"]:
         *parents, last = leaf["name"].split("/")
@@ -127,11 +138,15 @@ def _print_tree(alike: Sequence[Mapping[str, Any]], console: Console) -> None:
         for parent in parents:
             above, path = branches[path], f"{path}/{parent}"
             if path not in branches:
-                branches[path] = above.add(parent)
+                branches[path] = above.add(_label(parent))
         norm = f"  norm {leaf['norm']:.4g}" if "norm" in leaf else ""
         shape = "x".join(map(str, leaf["shape"])) or "scalar"
-        branches[path].add(f"{last}  {shape}  {leaf['dtype']}  {size(leaf['bytes'])}{norm}")
+        branches[path].add(_label(f"{last}  {shape}  {leaf['dtype']}  {size(leaf['bytes'])}{norm}"))
     console.print(tree)
+
+
+def _label(text: str) -> Text:
+    return Text(printable(text))
 
 
 def _print_losses(items: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -143,7 +158,7 @@ def _print_losses(items: Sequence[Mapping[str, Any]], console: Console) -> None:
         losses = [point["loss"] for point in item["loss_history"] if point["loss"] is not None]
         steps = [point["step"] for point in item["loss_history"]]
         ends = f"{figure(losses[0])} -> {figure(losses[-1])}" if losses else "never finite"
-        console.print(f"{name}  {sparkline(losses)}  {ends}  (steps {steps[0]} to {steps[-1]})", soft_wrap=True)
+        print_line(console, f"{name}  {sparkline(losses)}  {ends}  (steps {steps[0]} to {steps[-1]})")
 
 
 def sparkline(values: Sequence[float], width: int = 32) -> str:

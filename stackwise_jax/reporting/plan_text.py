@@ -10,7 +10,7 @@ from rich.console import Console
 
 from stackwise_jax.curriculum import Phase
 from stackwise_jax.memory.budget import limits_of
-from stackwise_jax.reporting.tables import Columns, clock, count, make_console, make_table, size
+from stackwise_jax.reporting.tables import Columns, clock, count, make_console, make_table, print_line, size
 
 SOURCES = {"shapes": "from shapes", "compiled": "from the compiled step", "formula": "by formula"}
 
@@ -51,7 +51,7 @@ def _print_verdict(plan: Any, console: Console) -> None:
     known += "".join(f", {place} not limited" for place in unknown)
     shared = "; device and host are one memory" if machine.shared else ""
     memory = "" if machine.device.memory is None else f" ({size(machine.device.memory)})"
-    console.print(f"machine: {machine.device.name}{memory}; may be used: {known}{shared}", soft_wrap=True)
+    print_line(console, f"machine: {machine.device.name}{memory}; may be used: {known}{shared}")
     if plan.seconds is not None:
         from stackwise_jax.memory.devices import EFFICIENCY
 
@@ -60,7 +60,7 @@ def _print_verdict(plan: Any, console: Console) -> None:
     if not short:
         console.print("it fits")
     for phase, shortfall in _worst(short):
-        console.print(f"does not fit: phase '{phase.phase.name}' needs {shortfall}", soft_wrap=True)
+        print_line(console, f"does not fit: phase '{phase.phase.name}' needs {shortfall}")
 
 
 def _worst(short: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
@@ -83,7 +83,7 @@ def print_changes(changes: Sequence[Any], fitting: Any | None, console: Console 
     if fitting is None:
         console.print("no combination of these makes it fit; take a smaller model, stacks of fewer blocks, or --advise")
     else:
-        console.print(f"it fits with: {fitting.options}", soft_wrap=True)
+        print_line(console, f"it fits with: {fitting.options}")
 
 
 def print_ways(ways: Sequence[Any], console: Console | None = None) -> None:
@@ -98,7 +98,7 @@ def print_ways(ways: Sequence[Any], console: Console | None = None) -> None:
     if first is None:
         console.print("none of them fits")
     else:
-        console.print(f"the first that fits: {first.name}: {first.change.options}", soft_wrap=True)
+        print_line(console, f"the first that fits: {first.name}: {first.change.options}")
 
 
 _CHANGE: Columns = (

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stackwise_jax.memory.placement import format_bytes
+from stackwise_jax.reporting.terminal import escape_unencodable, printable
 
 _WIDTH_WITHOUT_TERMINAL = 200  # rich assumes 80 for files and pipes, which would fold the tables
 
@@ -23,9 +24,21 @@ def make_console(*, stderr: bool = False) -> Console:
 
     Text is printed as it is: no markup, no emoji, no highlighting.
     """
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    stream = sys.stderr if stderr else sys.stdout
+    escape_unencodable(stream)
+    terminal = stream is not None and stream.isatty()
     width = None if terminal or "COLUMNS" in os.environ else _WIDTH_WITHOUT_TERMINAL
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+def print_line(console: Console, text: str, *, keep: str = "", fold: bool = False) -> None:
+    """Print text that stands on lines of its own: markup is not read, `printable` holds back what steers a terminal.
+
+    Args:
+        keep: characters that `printable` keeps.
+        fold: break the text at the width of the console.
+    """
+    console.print(Text(printable(text, keep=keep)), soft_wrap=not fold)
 
 
 def count(n: float | None) -> str:
@@ -68,11 +81,6 @@ def stack_ids(ids: Iterable[int]) -> str:
         else:
             runs.append([i])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def legible(text: str) -> str:
-    """The text with control characters replaced: a model of bytes may well write escape sequences."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 Columns = tuple[tuple[str, str, Callable[[Any], str]], ...]  # heading, key of the row, format
@@ -125,14 +133,24 @@ _SUMMARY: Columns = (
 
 def make_table(title: str, columns: Columns, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table of the rows, narrow enough for a terminal of 80 columns; a missing value shows as '-'."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    shown = Text(printable(title), style="bold")
+    drawn = Table(title=shown, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
     for heading, key, _ in columns:
         number = all(not isinstance(row.get(key), (str, list, tuple)) for row in rows)
         drawn.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         cells = ((row.get(key), form) for _, key, form in columns)
-        drawn.add_row(*(Text("-" if value is None else form(value)) for value, form in cells))
+        drawn.add_row(*(Text(_cell(value, form)) for value, form in cells))
     return drawn
+
+
+def _cell(value: Any, form: Callable[[Any], str]) -> str:
+    if value is None:
+        return "-"
+    try:
+        return printable(form(value))
+    except (TypeError, ValueError):  # not of its kind, as a damaged file may say: shown as it is
+        return printable(str(value))
 
 
 def print_plan(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
@@ -150,12 +168,13 @@ def print_plan(rows: Sequence[Mapping[str, Any]], console: Console | None = None
     varied = tuple(column for column in _TASK if column not in shared)
     console.print(make_table("Phases", _PHASE + varied + _PARAMETERS, rows))
     if shared:
-        console.print("all phases: " + ", ".join(f"{heading} {rows[0].get(key)}" for heading, key, _ in shared))
+        alike = ", ".join(f"{heading} {rows[0].get(key)}" for heading, key, _ in shared)
+        print_line(console, f"all phases: {alike}", fold=True)
     console.print()
     console.print(make_table("Memory", _MEMORY, rows))
     for row in rows:
         if row.get("cache"):
-            console.print(f"cache of {row['name']}: {row['cache']}", soft_wrap=True)
+            print_line(console, f"cache of {row['name']}: {row['cache']}")
 
 
 def print_summary(phases: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackwise_jax.checkpoint import writing
 from stackwise_jax.curriculum.phase import Phase
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
 
+log = logging.getLogger(__name__)
 _STEP = {  # key of a step's row: tag
     "loss": "train/loss",
     "bits_per_byte": "train/bits_per_byte",
@@ -33,14 +36,16 @@ class TensorBoardReporter:
 
     Rows carry global_step. When a run goes on after a kill, what an earlier process wrote beyond the step at which it
     goes on is purged, so that no curve runs back over itself. Everything is written by the caller's thread: a queue to
-    another one (as in tensorboardX's own writer) would block the run for ever once the disk is full.
+    another one (as in tensorboardX's own writer) would block the run for ever once the disk is full. Where curves
+    cannot be written (a full disk, no rights, a symbolic link in place of the directory), a warning says so once, and
+    the run goes on without them.
 
     Args:
         directory: of the event files; made when the first figure is written.
         every: steps between points.
 
-    Raises:
-        RunError: (every method) the disk is full or not writable.
+    Attributes:
+        lost: writing has failed.
     """
 
     def __init__(self, directory: str | Path, every: int = 1):
@@ -48,12 +53,24 @@ class TensorBoardReporter:
         self._every = every
         self._writer: EventsWriter | None = None
         self._flushed = 0.0
+        self.lost = False
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            self.lost, self._writer = True, None
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            log.warning("curves cannot be written to %s (%s); the run goes on without them", self._directory, why)
 
     def _write(self, row: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        if self.lost:
+            return
         from tensorboardX.summary import scalar  # takes a while to import, and not every run writes curves
 
         step = row["global_step"]
-        with writing(self._directory):
+        with self._writing():
             for key, tag in tags.items():
                 if row.get(key) is not None:
                     self._event(step, summary=scalar(tag, row[key]))
@@ -65,6 +82,8 @@ class TensorBoardReporter:
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         if self._writer is None:
+            if self._directory.is_symlink():  # a run directory may be somebody else's: nothing is written beyond it
+                raise OSError(errno.ELOOP, "it is a symbolic link", str(self._directory))
             self._directory.mkdir(parents=True, exist_ok=True)
             # The number keeps two processes that start within a second from writing one file.
             self._writer = EventsWriter(str(self._directory / "events"), f".{os.getpid()}")
@@ -94,7 +113,7 @@ class TensorBoardReporter:
 
     def phase_end(self, result: Mapping[str, Any]) -> None:
         """Bring what was written to disk; the held-out figures of the end came as an evaluation."""
-        with writing(self._directory):
+        with self._writing():
             self._flush()
 
     def finish(self, summary: Mapping[str, Any], sample: str | None = None) -> None:
@@ -102,7 +121,7 @@ class TensorBoardReporter:
         if self._writer is not None and sample:
             from tensorboardX.summary import text
 
-            with writing(self._directory):
+            with self._writing():
                 self._event(0, summary=text("sample", sample))
         self.close()
 
@@ -110,5 +129,5 @@ class TensorBoardReporter:
         """Bring everything to disk."""
         writer, self._writer = self._writer, None
         if writer is not None:
-            with writing(self._directory):
+            with self._writing():
                 writer.close()
