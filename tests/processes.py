@@ -131,9 +131,10 @@ class Said:
         return json.loads(self.out.splitlines()[-1])
 
     def refuses(self, code: int, *parts: str) -> None:
-        """One sentence on stderr with these parts, and this exit code."""
+        """One sentence on stderr with these parts, after notes on keys without effect, and this exit code."""
         assert self.code == code, self.err
-        assert self.err.startswith("error: ") and self.err.count("\n") == 1 and "Traceback" not in self.err
+        said = [line for line in self.err.splitlines() if not line.startswith("note: ")]
+        assert len(said) == 1 and said[0].startswith("error: "), self.err
         assert "--debug" not in self.err, "an error that nobody thought of"
         for part in parts:
             assert part in self.err

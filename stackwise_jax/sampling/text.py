@@ -77,7 +77,7 @@ def sample(
     Raises:
         UsageError: an argument out of its range, or one that the model's way of sampling does not have.
     """
-    prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
+    prompt_ids = np.array([tokenizer.bos_id, *tokenizer.encode(prompt)], np.int32)
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     how |= {"vocab": vocab_of(tokenizer), "key": stream_key(root_key(seed % 2**32), Stream.SAMPLING)}
     if objective_kind == "clm":
@@ -88,10 +88,14 @@ def sample(
     else:
         how |= {"length": max_tokens, "order": order or "confidence", "attention_mode": attention_mode}
         how |= {"levels": levels, "experts": experts, "steps": steps, "block_size": block_size}
-        ids = _fill_masks(rack, params, prompt_ids, **how)
-        ends = np.flatnonzero(ids[len(prompt_ids) :] == tokenizer.eos_id)
-        ids = ids[: len(prompt_ids) + ends[0] + 1] if len(ends) else ids
+        ids = _through_first(tokenizer.eos_id, _fill_masks(rack, params, prompt_ids, **how), len(prompt_ids))
     return Sample(tokenizer.decode(ids), n_prompt=len(prompt_ids), n_new=len(ids) - len(prompt_ids))
+
+
+def _through_first(end_id: int, ids: np.ndarray, n_prompt: int) -> np.ndarray:
+    """The ids up to the first `end_id` behind the prompt, all where there is none."""
+    ends = n_prompt + np.flatnonzero(ids[n_prompt:] == end_id)
+    return ids[: ends[0] + 1] if len(ends) else ids
 
 
 def _fill_masks(
