@@ -29,7 +29,7 @@ from stackwise_jax.config.schema import (
     StageConfig,
 )
 from stackwise_jax.curriculum import PLANS, format_phase_table, make_plan, plans
-from stackwise_jax.engine import directory
+from stackwise_jax.engine import entries
 from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.model import PRESETS, create_rack_from_config
 
@@ -40,8 +40,8 @@ PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
 COMMANDS = ("train", "evaluate", "generate", "inspect", "convert", "plan")
 RUN_ENTRIES = {
     "rack.json",
-    *(directory.CONFIG, directory.PHASES, directory.METRICS, directory.SUMMARY, directory.TOKENIZER),
-    *(directory.CHECKPOINTS, directory.TENSORBOARD, directory.CACHE, directory.OFFLOAD),
+    *(entries.CONFIG, entries.PHASES, entries.METRICS, entries.SUMMARY, entries.TOKENIZER),
+    *(entries.CHECKPOINTS, entries.TENSORBOARD, entries.CACHE, entries.OFFLOAD),
 }
 IN_A_STORE = r"(embed|head|stacks/\d{3}|adapters/\d{3}/\w+|moments|optimizer|progress|arrays|meta\.json)\b"
 ENTRIES = {

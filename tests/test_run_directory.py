@@ -179,6 +179,11 @@ def test_keys_that_say_where_and_on_what_are_free(key, stopped):
     assert check_directory(prepare(tiny(*PLAN, "run.save_every=1", key), stopped))
 
 
+def test_a_run_of_two_devices_goes_on_on_one(begun):
+    change(as_version_0_1(begun) / "config.yaml", "fsdp: 1", "fsdp: 2")
+    assert check_directory(prepare(tiny(*PLAN, "run.save_every=1"), begun))
+
+
 def test_a_run_goes_on_with_other_free_keys_to_nearly_the_same_end(begun, finished):
     train(tiny(*PLAN, *FREE), begun)
     ours, theirs = saved(begun), saved(finished)
