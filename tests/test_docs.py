@@ -53,26 +53,26 @@ ENTRIES = {
 GENERATED = "<!-- written by tests/test_docs.py from stackwise_jax/config/schema.py -->"
 
 
-READING = [
-    "A YAML file holds only what differs from these defaults. `--config` may be repeated: files merge in order, sections",
-    "key by key and lists as a whole. `--section.key value` changes any key on the command line, where the last value",
-    "counts, and `--print_config` prints the result.",
-    "",
-    "Files are read by the core schema of YAML 1.2, and the command line gives the same text the same value: `010` is ten,",
-    "`0o10` is eight, `1e-4` is a number; only `true` and `false` are such, and `yes`, `1:30` or `1_000` are text. A key for",
-    "text takes what is written, but `null` where it may be null; quotes make text of everything. There are no anchors,",
-    "tags or merge keys. `~` begins a path in the home directory.",
-    "",
-    "What is written and has no effect under the chosen setting is named in a line on stderr before anything begins, for",
-    "instance `note: objective.mask_fraction has no effect under objective.kind clm`. Values larger than anybody can mean",
-    "are refused (`stackwise_jax/config/bounds.py`), and names of other programs are answered with the key here",
-    "(`stackwise_jax/config/synonyms.py`).",
-]
+READING = """\
+A YAML file holds only what differs from these defaults. `--config` may be repeated: files merge in order,
+sections key by key and lists as a whole. `--section.key value` changes any key on the command line, where
+the last value counts, and `--print_config` prints the result.
+
+Files are read by the core schema of YAML 1.2, and the command line gives the same text the same value:
+`010` is ten, `0o10` is eight, `1e-4` is a number; only `true` and `false` are such, and `yes`, `1:30` or
+`1_000` are text. A key for text takes what is written, but `null` where it may be null; quotes make text of
+everything. There are no anchors, tags or merge keys. `~` begins a path in the home directory.
+
+What is written and has no effect under the chosen setting is named in a line on stderr before anything
+begins, for instance `note: objective.mask_fraction has no effect under objective.kind clm`. Values larger
+than anybody can mean are refused (`stackwise_jax/config/bounds.py`), and names of other programs are
+answered with the key here (`stackwise_jax/config/synonyms.py`).
+"""
 
 
 def configuration_page() -> str:
     """The text of docs/configuration.md: every key with its type, default and comment."""
-    lines = [GENERATED, "# Configuration", "", *READING, ""]
+    lines = [GENERATED, "# Configuration", "", *READING.splitlines(), ""]
     sections: dict[str, list] = {}
     for key in list_keys():
         sections.setdefault(key.name.split(".")[0], []).append(key)
