@@ -104,10 +104,10 @@ def faults(case: Case, result: dict[str, Any], before: dict, after: dict, second
         found.append(f"{len(lines)} lines on stderr")
     if STEERING.search(said):
         found.append("a control character")
-    if not (case.allowed and result["code"] == 0):
-        changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
-        found += [f"changed {name}" for name in sorted(changed)[:1]]
-    return found
+    changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    if case.allowed and result["code"] == 0:  # it may write where it was asked to
+        changed = [name for name in changed if Path(name).parent.name == "canary"]
+    return found + [f"changed {name}" for name in changed[:1]]
 
 
 def arguments_of(case: Case, folder: Path) -> list[str]:
@@ -182,12 +182,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "workshop"
         build(folder)
-        before, rows = contents(folder), []
+        kept = [folder / "good", folder / "canary"]
+        before, rows = [*map(contents, kept)], []
         for row in try_all(cases, folder, args.processes, args.seconds):
             rows.append(row)
             if row["faults"]:
                 print(f"{row['command']}: {row['name']!a}: {', '.join(row['faults'])}", file=sys.stderr, flush=True)
-        changed = before != contents(folder)
+        changed = before != [*map(contents, kept)]
     show(rows)
     if changed:
         print("the content of a file changed")
