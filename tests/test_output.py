@@ -117,6 +117,15 @@ def test_a_run_whose_stream_fails_is_trained_to_its_end(tmp_path):
     assert last is not None and last.finished and stream.left < 0
 
 
+def test_a_slow_reader_loses_no_later_line():
+    stream = Broken(BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"))
+    reporter = ConsoleReporter(Console(file=stream))
+    reporter.note("lost or late")
+    stream.left = 10
+    reporter.note("a later line")
+    assert not reporter.lost and "a later line" in stream.getvalue()
+
+
 def test_a_stream_that_cannot_encode_gets_escapes():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     tell(reporter := ConsoleReporter(Console(file=stream, width=100), interval=0.0))
@@ -251,6 +260,12 @@ def test_errors_of_threads_and_of_the_end_show_no_traceback():
     assert done.stderr.splitlines()[0].startswith("error: ZeroDivisionError")
 
 
+def test_warnings_are_a_line_each():
+    done = child("import warnings; warnings.warn('a\\n\x1b[31mb')", stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr.startswith("warning: ") and "UserWarning: a" in done.stderr
+    assert done.stderr.count("\n") == 1 and "\x1b" not in done.stderr
+
+
 def test_descriptors_that_the_shell_closed_are_not_taken_by_files(tmp_path):
     code = CHILD.format(body=f"print(open({str(tmp_path / 'file')!r}, 'w').fileno() > 2, file=open(3, 'w'))")
     reading, writing = os.pipe()
@@ -366,6 +381,7 @@ def too_large() -> MemoryError:
         (OSError(errno.EMFILE, "Too many open files", "/a"), "/a: too many open files; raise the limit"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", ""), "an empty path: no such file"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full; free some space"),
+        (OSError(errno.EIO, "Input/output error"), "error: input/output error; look at the disk"),
         (MemoryError(), "host memory ran out; python3 -m stackwise_jax.plan"),
         (too_large(), "host memory ran out (Unable to"),
         (RuntimeError("std::bad_alloc"), "host memory ran out (std::bad_alloc)"),

@@ -64,10 +64,10 @@ def build(folder: Path, runs: Iterable[str] | None = None) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
-    """Kind, size and times of everything in a folder, which change when it is written."""
+    """Kind, size and times of everything in a folder, which change when it is written; locks are held, not written."""
     found = {}
     for above, folders, files in os.walk(folder):
-        for name in folders + files:
+        for name in folders + [name for name in files if name != ".lock"]:
             path = os.path.join(above, name)
             about = os.lstat(path)
             sizes = () if stat.S_ISDIR(about.st_mode) else (about.st_size, about.st_mtime_ns)

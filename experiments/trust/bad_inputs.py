@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,15 @@ class Workers:
 
 
 def as_process(command: str, argv: Sequence[str], cwd: Path, seconds: float) -> dict[str, Any]:
-    """The same by a process of its own; its start is given 20 seconds more."""
+    """The same by a process of its own."""
     line = [sys.executable, "-m", f"stackwise_jax.{command}", *argv]
     begun = time.perf_counter()
     try:
-        done = subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, timeout=seconds + 20)
+        done = subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return {"code": None, "seconds": seconds + 20, "out": "", "err": "too long"}
+        return {"code": None, "seconds": seconds, "out": "", "err": "too long"}
     out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-    return {"code": done.returncode, "seconds": max(time.perf_counter() - begun - 20, 0), "out": out, "err": err}
+    return {"code": done.returncode, "seconds": time.perf_counter() - begun, "out": out, "err": err}
 
 
 def faults(case: Case, result: dict[str, Any], before: dict, after: dict, seconds: float) -> list[str]:
@@ -104,10 +105,10 @@ def faults(case: Case, result: dict[str, Any], before: dict, after: dict, second
         found.append(f"{len(lines)} lines on stderr")
     if STEERING.search(said):
         found.append("a control character")
-    if not (case.allowed and result["code"] == 0):
-        changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
-        found += [f"changed {name}" for name in sorted(changed)[:1]]
-    return found
+    changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    if case.allowed and result["code"] == 0:  # it may write where it was asked to
+        changed = [name for name in changed if Path(name).parent.name == "canary"]
+    return found + [f"changed {name}" for name in changed[:1]]
 
 
 def arguments_of(case: Case, folder: Path) -> list[str]:
@@ -124,22 +125,22 @@ def arguments_of(case: Case, folder: Path) -> list[str]:
 
 
 def try_all(cases: Sequence[Case], folder: Path, processes: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """A row per case, and one more where it was a process of its own too."""
+    """A row per case, and one more where it was a process of its own too, which has twice the time: it has to start."""
     workers, cwd, before = Workers(folder / "cwd", seconds), folder / "cwd", snapshot(folder)
     every = max(1, len(cases) // processes) if processes else 0
     for i, case in enumerate(cases):
-        ways = [(case.command, lambda argv, case=case: workers.run(case.command, argv))]
+        ways = [(case.command, workers.run, seconds)]
         if every and i % every == 0 and "\0" not in "".join(case.argv):
-            ways.append((f"{case.command} *", lambda argv, c=case: as_process(c.command, argv, cwd, seconds)))
-        for command, run in ways:
+            ways.append((f"{case.command} *", partial(as_process, cwd=cwd, seconds=2 * seconds), 2 * seconds))
+        for shown, run, limit in ways:
             argv = arguments_of(case, folder)
-            result = run(argv)
+            result = run(case.command, argv)
             after = snapshot(folder)
-            found = faults(case, result, before, after, seconds)
+            found = faults(case, result, before, after, limit)
             if before != after:
                 restore(before, after)
                 before = snapshot(folder)
-            yield {"command": command, "name": case.name, "argv": argv, "faults": found, **result}
+            yield {"command": shown, "name": case.name, "argv": argv, "faults": found, **result}
     workers.close()
 
 
@@ -182,12 +183,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "workshop"
         build(folder)
-        before, rows = contents(folder), []
+        kept = [folder / "good", folder / "canary"]
+        before, rows = [*map(contents, kept)], []
         for row in try_all(cases, folder, args.processes, args.seconds):
             rows.append(row)
             if row["faults"]:
                 print(f"{row['command']}: {row['name']!a}: {', '.join(row['faults'])}", file=sys.stderr, flush=True)
-        changed = before != contents(folder)
+        changed = before != [*map(contents, kept)]
     show(rows)
     if changed:
         print("the content of a file changed")

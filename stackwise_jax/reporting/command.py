@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import sys
 import threading
@@ -94,6 +95,7 @@ def _own_process(debug: bool) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if debug:
         return
+    logging.captureWarnings(True)  # a line each, as all log lines, and nothing of the source beside it
     sys.excepthook = lambda kind, error, traceback: say(explain(error)[0], stderr=True)
     sys.unraisablehook = lambda unraisable: None  # while something is collected or Python exits; it changes nothing
     threading.excepthook = lambda report: _report_of_thread(report.exc_value)

@@ -38,6 +38,8 @@ def _never_fails(draw: Callable[..., None]) -> Callable[..., None]:
             return
         try:
             draw(self, *args, **named)
+        except BlockingIOError:  # a reader that is slow and lets nobody wait; later lines may come through
+            return
         except (*OUTPUT_ERRORS, SystemExit):  # the last is what rich makes of a reader that went away
             self.lost = True
             discard(self._console.file)

@@ -45,8 +45,8 @@ def explain(error: BaseException, interrupted: str = "interrupted before the end
             return text or interrupted, INTERRUPTED
         case RunError():
             return text, FAILURE
-        case OSError() if error.filename is not None or _is_full(error):
-            return _explain_file(error), FAILURE
+        case OSError() if error.filename is not None or error.errno is not None:
+            return _explain_system(error), FAILURE
         case RecursionError():
             return "an argument or a file is nested too deeply; write fewer levels of brackets or sections", FAILURE
         case _:
@@ -61,15 +61,16 @@ def _is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _explain_file(error: OSError) -> str:
-    """What stands against a file, and what to do."""
+def _explain_system(error: OSError) -> str:
+    """What the operating system refuses, and what to do."""
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else error.filename
     if _is_full(error):
         where = f" at {name}" if name is not None else ""
         return f"the disk is full{where}; free some space and run the same command again"
     why = (error.strerror or type(error).__name__).removesuffix(".")
     remedy = _REMEDIES.get(error.errno or 0, "look at the disk and run the same command again")
-    return f"{name if name != '' else 'an empty path'}: {why[:1].lower()}{why[1:]}; {remedy}"
+    where = "" if name is None else f"{name or 'an empty path'}: "
+    return f"{where}{why[:1].lower()}{why[1:]}; {remedy}"
 
 
 def _memory_that_ran_out(error: BaseException, text: str) -> str | None:
