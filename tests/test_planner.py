@@ -22,7 +22,16 @@ from stackwise_jax.engine.streamed_bytes import piece_bytes
 from stackwise_jax.engine.weights import Weights
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory.budget import Demand, Part, shortfalls
-from stackwise_jax.memory.devices import DEVICES, Device, Machine, available_host_bytes, claim_memory, machine_of
+from stackwise_jax.memory.devices import (
+    DEVICES,
+    EFFICIENCY,
+    Device,
+    Machine,
+    available_host_bytes,
+    claim_memory,
+    machine_of,
+)
+from stackwise_jax.model import size_of
 
 pytestmark = pytest.mark.optimized
 
@@ -273,3 +282,30 @@ def test_a_run_counts_the_flops_that_were_planned(tmp_path):
     planned = plan_run(prepare(config, tmp_path), BIG).phases[0].flops
     train(config, tmp_path)
     assert summary(tmp_path)["phases"][0]["flops"] == planned
+
+
+def test_time_is_that_of_the_computation_or_of_the_link_whichever_is_more():
+    """A slow link decides; what passes it in a step is known."""
+    peak, link = 1e12, 1e3
+    timed = lambda setup, **sizes: plan_run(setup, Machine(Device("d", 10**15, **sizes), 10**15, 10**15)).phases[-1]
+    append = "curriculum.plan=append", "curriculum.frozen=fp32", "cache.host_budget=1GB"
+    cached, recomputed, waiting = (
+        setup_of(*append, *more)
+        for more in (
+            ("cache.kind=host",),
+            ("cache.kind=recompute",),
+            ("cache.kind=recompute", "memory.offload=trunk"),
+        )
+    )
+    phase = timed(recomputed, flops=(("fp32", peak), ("bf16", 1.0)), link=link)
+    assert phase.seconds == pytest.approx(phase.flops / (peak * EFFICIENCY))  # nothing passes the link
+    assert timed(recomputed).seconds is None and timed(recomputed, flops=(("bf16", peak),)).seconds is None
+    slow = {"flops": (("fp32", 1e18),), "link": link}
+    assert timed(cached, **slow).seconds == pytest.approx(3 * 4 * 16 * 32 * 4 / link)
+    stack = size_of(waiting.rack.stacks[0].init_params(jax.random.key(0))) * 4
+    assert timed(waiting, **slow).seconds == pytest.approx(3 * stack / link)
+    all_of_it = "curriculum.plan=rackwise", "memory.offload=all", "optimizer.grad_clip=0", "model.freeze_up_proj=false"
+    streamed = setup_of(*all_of_it)
+    phase = timed(streamed, **slow)
+    learning, state = (phase.demand.host[part].bytes for part in ("learning weights", "optimizer"))
+    assert phase.seconds == pytest.approx(3 * (3 * learning + 2 * state) / link)
