@@ -257,6 +257,24 @@ def test_merged_adapters_hand_no_optimizer_state_on():
     assert kept > merged == at_rest("")
 
 
+def test_what_is_saved_again_at_a_border_lies_beside_what_it_replaces():
+    last = lambda *changes: (
+        plan_run(setup_of("curriculum.plan=custom", *changes), BIG).phases[-1].demand.disk["weights"]
+    )
+    still = BORDER.replace("{adapt: [0, 1], train_head: false%s}", "{train_head: true%s}")
+    stacks = sum(size_of(stack.init_params(jax.random.key(0))) for stack in setup_of().rack.stacks) * 4
+    merged = last(f"curriculum.phases={still % ', merge_adapters: true'}").bytes
+    assert merged >= last(f"curriculum.phases={still % ''}").bytes + stacks
+    # Stacks that never learn again are saved in the format that they are frozen in when the first phase ends.
+    phases = "curriculum.phases=[{train_embed: true, train_head: false}, {train_head: true}]", "curriculum.frozen=bf16"
+    plain, frozen = (
+        [phase.demand.disk["weights"].bytes for phase in plan_run(setup_of("curriculum.plan=custom", *how), BIG).phases]
+        for how in (phases, (*phases, "memory.finished=frozen"))
+    )
+    assert frozen[0] == plain[0] + stacks / 2
+    assert frozen[1] < plain[1] - stacks / 2
+
+
 def test_models_of_their_own_stay_on_disk_whatever_depths_are_kept():
     apart = "curriculum.plan=independent", "objective.kind=diffusion", "model.architecture.n_stacks=4"
     on_disk = lambda *changes: plan_run(setup_of(*apart, *changes), BIG).peak("disk")
