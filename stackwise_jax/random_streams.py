@@ -14,6 +14,7 @@ import jax
 from stackwise_jax.errors import UsageError
 
 GENERATOR = "threefry2x32"
+# JAX_DEFAULT_MATMUL_PRECISION is not among them: it is a choice between speed and precision.
 SETTINGS: dict[str, Any] = {
     "jax_threefry_partitionable": True,
     "jax_random_seed_offset": 0,

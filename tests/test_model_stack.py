@@ -302,6 +302,8 @@ def test_bf16_rack_has_float32_logits_near_those_of_fp32():
     logits_BTV = run(short, params, tokens_BT)
     assert logits_BTV.dtype == jnp.float32
     np.testing.assert_allclose(logits_BTV, run(exact, params, tokens_BT), atol=0.03)
+    for dtype, expected in ((None, jnp.bfloat16), (jnp.float32, jnp.float32)):
+        assert {x.dtype for x in jax.tree.leaves(model.init_cache(short, 2, T, dtype))} == {jnp.dtype(expected)}
 
 
 def test_racks_are_static_arguments_equal_by_value():

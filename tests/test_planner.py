@@ -22,7 +22,16 @@ from stackwise_jax.engine.streamed_bytes import piece_bytes
 from stackwise_jax.engine.weights import Weights
 from stackwise_jax.errors import UsageError
 from stackwise_jax.memory.budget import Demand, Part, shortfalls
-from stackwise_jax.memory.devices import DEVICES, Device, Machine, available_host_bytes, claim_memory, machine_of
+from stackwise_jax.memory.devices import (
+    DEVICES,
+    EFFICIENCY,
+    Device,
+    Machine,
+    available_host_bytes,
+    claim_memory,
+    machine_of,
+)
+from stackwise_jax.model import size_of
 
 pytestmark = pytest.mark.optimized
 
@@ -248,6 +257,24 @@ def test_merged_adapters_hand_no_optimizer_state_on():
     assert kept > merged == at_rest("")
 
 
+def test_what_is_saved_again_at_a_border_lies_beside_what_it_replaces():
+    last = lambda *changes: (
+        plan_run(setup_of("curriculum.plan=custom", *changes), BIG).phases[-1].demand.disk["weights"]
+    )
+    still = BORDER.replace("{adapt: [0, 1], train_head: false%s}", "{train_head: true%s}")
+    stacks = sum(size_of(stack.init_params(jax.random.key(0))) for stack in setup_of().rack.stacks) * 4
+    merged = last(f"curriculum.phases={still % ', merge_adapters: true'}").bytes
+    assert merged >= last(f"curriculum.phases={still % ''}").bytes + stacks
+    # Stacks that never learn again are saved in the format that they are frozen in when the first phase ends.
+    phases = "curriculum.phases=[{train_embed: true, train_head: false}, {train_head: true}]", "curriculum.frozen=bf16"
+    plain, frozen = (
+        [phase.demand.disk["weights"].bytes for phase in plan_run(setup_of("curriculum.plan=custom", *how), BIG).phases]
+        for how in (phases, (*phases, "memory.finished=frozen"))
+    )
+    assert frozen[0] == plain[0] + stacks / 2
+    assert frozen[1] < plain[1] - stacks / 2
+
+
 def test_models_of_their_own_stay_on_disk_whatever_depths_are_kept():
     apart = "curriculum.plan=independent", "objective.kind=diffusion", "model.architecture.n_stacks=4"
     on_disk = lambda *changes: plan_run(setup_of(*apart, *changes), BIG).peak("disk")
@@ -273,3 +300,30 @@ def test_a_run_counts_the_flops_that_were_planned(tmp_path):
     planned = plan_run(prepare(config, tmp_path), BIG).phases[0].flops
     train(config, tmp_path)
     assert summary(tmp_path)["phases"][0]["flops"] == planned
+
+
+def test_time_is_that_of_the_computation_or_of_the_link_whichever_is_more():
+    """A slow link decides; what passes it in a step is known."""
+    peak, link = 1e12, 1e3
+    timed = lambda setup, **sizes: plan_run(setup, Machine(Device("d", 10**15, **sizes), 10**15, 10**15)).phases[-1]
+    append = "curriculum.plan=append", "curriculum.frozen=fp32", "cache.host_budget=1GB"
+    cached, recomputed, waiting = (
+        setup_of(*append, *more)
+        for more in (
+            ("cache.kind=host",),
+            ("cache.kind=recompute",),
+            ("cache.kind=recompute", "memory.offload=trunk"),
+        )
+    )
+    phase = timed(recomputed, flops=(("fp32", peak), ("bf16", 1.0)), link=link)
+    assert phase.seconds == pytest.approx(phase.flops / (peak * EFFICIENCY))  # nothing passes the link
+    assert timed(recomputed).seconds is None and timed(recomputed, flops=(("bf16", peak),)).seconds is None
+    slow = {"flops": (("fp32", 1e18),), "link": link}
+    assert timed(cached, **slow).seconds == pytest.approx(3 * 4 * 16 * 32 * 4 / link)
+    stack = size_of(waiting.rack.stacks[0].init_params(jax.random.key(0))) * 4
+    assert timed(waiting, **slow).seconds == pytest.approx(3 * stack / link)
+    all_of_it = "curriculum.plan=rackwise", "memory.offload=all", "optimizer.grad_clip=0", "model.freeze_up_proj=false"
+    streamed = setup_of(*all_of_it)
+    phase = timed(streamed, **slow)
+    learning, state = (phase.demand.host[part].bytes for part in ("learning weights", "optimizer"))
+    assert phase.seconds == pytest.approx(3 * (3 * learning + 2 * state) / link)

@@ -114,7 +114,24 @@ def test_settings_that_change_the_numbers_are_refused(name):
         jax.config.update(name, before)
 
 
-def test_a_command_gives_the_same_numbers_in_any_environment(tmp_path):
+DRAWS = """
+import argparse, jax
+from stackwise_jax.random_streams import root_key
+from stackwise_jax.reporting.command import add_common, run_command
+add_common(parser := argparse.ArgumentParser())
+draw = lambda _: print(*map(float.hex, map(float, jax.random.normal(root_key(2**31 + 7), (3,)))))
+raise SystemExit(run_command(draw, parser, []))
+"""
+
+
+def test_a_command_draws_the_same_numbers_in_any_environment():
+    done = subprocess.run([sys.executable, "-c", DRAWS], env=os.environ | HOSTILE, capture_output=True, text=True)
+    numbers = [float.fromhex(number) for number in done.stdout.split()]
+    np.testing.assert_array_equal(numbers, jax.random.normal(root_key(2**31 + 7), (3,)))
+
+
+@pytest.mark.slow
+def test_a_run_gives_the_same_numbers_in_any_environment(tmp_path):
     changes = ["objective.kind=diffusion", "model.dropout=0.1", "optimizer.rounding=stochastic"]
     changes += ["model.param_dtype=bf16", "run.sample_tokens=0"]
     train(tiny(*changes), tmp_path / "here")

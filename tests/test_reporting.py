@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny import tiny, train
 
 from stackwise_jax.curriculum.phase import Phase
+from stackwise_jax.engine import NullReporter
 from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.reporting import (
     ConsoleReporter,
@@ -333,3 +335,19 @@ def test_several_reporters_hear_everything(tmp_path):
     for said in ("a note", "bits/byte", "held out after step 10", "depth 2 (loss", "Summary"):
         assert said in text_of(shown[0])
     assert scalars(tmp_path)["train/loss"]
+
+
+def test_the_time_that_is_left_is_that_of_the_steps_to_come(tmp_path):
+    rows = []
+
+    class Listener(NullReporter):
+        def step(self, row):
+            rows.append(dict(row))
+
+    train(tiny("curriculum.steps=2", "run.eval_batches=1"), tmp_path / "run", reporter=Listener())
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4]
+    for phase in (rows[:2], rows[2:]):
+        spent = 0.0
+        for done, row in enumerate(phase, 1):
+            spent += 4 * 16 / row["tokens_per_second"]
+            assert row["seconds_left"] == pytest.approx((4 - row["global_step"]) * spent / done)

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from stackwise_jax.curriculum import Phase, trained_apart
 from stackwise_jax.engine.carry import Survival
 from stackwise_jax.engine.setup import Setup
-from stackwise_jax.engine.weights import EMBED, HEAD, final_format, learning_items, path_items, stack_item
+from stackwise_jax.engine.weights import (
+    EMBED,
+    HEAD,
+    adapter_item,
+    final_format,
+    item_format,
+    learning_items,
+    path_items,
+    stack_item,
+)
 from stackwise_jax.memory.budget import Part
 
 ItemBytes = Callable[[str, str], int]  # of an item in a format
@@ -25,7 +34,7 @@ class Disk:
         self._setup, self._master, self._phases = setup, master, setup.plan.phases
         self._item_bytes, self._state_bytes = item_bytes, state_bytes
         start = [EMBED, HEAD, *map(stack_item, setup.plan.start)]
-        self._held = {item: item_bytes(item, master) for item in start}
+        self._held = dict.fromkeys(start, master)  # the format of the newest version of each item
         self._moments: dict[str, int] = {}
         self._survival = Survival(self._phases)
         self._other_path = _next_with_another_path(self._phases)
@@ -38,19 +47,23 @@ class Disk:
         learning = learning_items(phase)
         inside = max((phase.steps - 1) // run.save_every if run.save_every else 0, 1)
         weights = state = 0
+        for item in self._merged(phase).difference(learning):  # the record before still names the old version
+            weights += self._item_bytes(item, self._held[item])
+            self._held[item] = self._master
         for item in path_items(phase):
-            if item not in learning and item not in self._held:
-                self._held[item] = self._item_bytes(item, self._master)
+            if item not in learning:
+                self._held.setdefault(item, self._master)
         for item in learning:
             versions = min(run.keep + 1, inside + 1 + (item in self._held))
-            older = self._held.get(item, 0) if item in self._held else 0
-            newest = self._item_bytes(item, self._master)
-            weights += (versions - 1) * newest + (older or newest)
+            older, newest = (self._item_bytes(item, f) for f in (self._held.get(item, self._master), self._master))
+            weights += (versions - 1) * newest + older
             state += min(run.keep + 1, inside) * self._state_bytes(item, index)
-        still = sum(n for item, n in self._held.items() if item not in learning)
+        still = sum(self._item_bytes(item, fmt) for item, fmt in self._held.items() if item not in learning)
         handed_on = [i for i in learning if self._survival.goes_on(index, i)]
         moments = sum(self._moments.values()) + sum(self._state_bytes(i, index) for i in handed_on)
-        self._settle(index, learning)
+        if phase.consistency is not None:  # the embedding as it was, see border.reference_embedding
+            moments += self._item_bytes(EMBED, item_format(phase, EMBED, self._master))
+        still += self._settle(index, learning)
         depths = self._kept_depths(run.keep_depths)
         self._depths.append(self._superseded(index, learning))
         return {"weights": Part(weights + still + depths, "shapes"), "optimizer": Part(state + moments, "shapes")}
@@ -68,15 +81,27 @@ class Disk:
         again = set() if later is None else set(learning_items(self._phases[later]))
         return sum(self._item_bytes(item, self._master) for item in learning if item in again)
 
-    def _settle(self, index: int, learning: list[str]) -> None:
-        """What stays when the phase has ended."""
-        for item in learning:
-            frozen = self._setup.config.memory.finished == "frozen"
+    def _merged(self, phase: Phase) -> set[str]:
+        """Adapters that are merged when the phase begins, and their stacks: all are saved once more."""
+        there = [a for a in phase.adapters if phase.merge_adapters and adapter_item(a) in self._held]
+        return {adapter_item(a) for a in there} | {stack_item(a.stack) for a in there}
+
+    def _settle(self, index: int, learning: list[str]) -> int:
+        """What stays when the phase has ended, as `Recorder.settle` has it. Returns the bytes of what did not learn and
+        is saved in another format, beside the version that it replaces."""
+        frozen, again = self._setup.config.memory.finished == "frozen", 0
+        for item in path_items(self._phases[index]):
             fmt = final_format(self._phases, index, item, self._master) if frozen else self._master
-            self._held[item] = self._item_bytes(item, fmt)
+            if item in learning:
+                self._held[item] = fmt
+            elif self._held[item] == self._master != fmt:
+                again += self._item_bytes(item, fmt)
+                self._held[item] = fmt
+        for item in learning:
             if self._survival.goes_on(index, item):
                 self._moments[item] = self._state_bytes(item, index)
         self._moments = {item: n for item, n in self._moments.items() if self._survival.goes_on(index, item)}
+        return again
 
 
 def _next_with_another_path(phases: Sequence[Phase]) -> list[int | None]:
