@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from stackwise_jax.checkpoint import MetricsLog, Progress, Store, items
+from stackwise_jax.checkpoint import MetricsLog, Progress, Store, check_goes_on, items
 from stackwise_jax.checkpoint.files import read_json, write_json
 from stackwise_jax.errors import RunError
 
@@ -272,6 +272,39 @@ def test_a_record_that_lacks_a_field_or_has_one_too_many_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"00000008\.json is damaged: step cannot be -1"):
         store.commit(replace(record(8, {"stacks/000": 1}), step=-1))
     assert store.records() == [1, 7]
+
+
+GOES_ON = {
+    "data": {"fingerprint": "a", "held_out": "b", "tokenizer": "c"},
+    "extra": {"seconds": 1.0, "skipped": 0, "history": [[1, None]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": {"fingerprint": "a", "held_out": "b"}}, r"has no data\.tokenizer"),
+        ({"versions": {"embed": 1}}, r"has no versions\.head"),
+        ({"extra": {"seconds": 1.0, "skipped": 0}}, r"has no extra\.history"),
+        ({"step": 0, "results": [{"index": 0}]}, r"has no results\[0\]\.versions"),
+        ({"phase": 10**6}, "names phase 1000000 of 2"),
+        ({"results": [{"index": 10**6}]}, "names phase 1000000 of 2"),
+    ],
+)
+def test_a_record_from_which_its_run_cannot_go_on_is_refused(tmp_path, change, said):
+    sound = record(3, {"embed": 1, "head": 1}, **GOES_ON)
+    check_goes_on(sound, 2, tmp_path)
+    with pytest.raises(RunError, match=f"record 3 of .* is damaged: it {said}"):
+        check_goes_on(replace(sound, **change), 2, tmp_path)
+
+
+def test_weights_that_a_record_forgets_are_not_taken_for_new_ones(tmp_path):
+    store = store_at(tmp_path)
+    figures = dict.fromkeys(("held_out_loss", "bits_per_byte", "tokens", "flops", "seconds"), 1)
+    result = {"index": 0, "name": "a", "versions": {"stacks/000": 1}, "formats": {}} | figures
+    with pytest.raises(RunError, match=r"versions has no stacks/000"):
+        store.commit(record(2, {}, results=[result]))
+    store.commit(record(2, {"stacks/000": 1}, results=[result]))
 
 
 def test_a_record_of_version_0_1_is_read(tmp_path):

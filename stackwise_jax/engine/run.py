@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from stackwise_jax.checkpoint import Progress, by_first_process, plain
+from stackwise_jax.checkpoint import Progress, by_first_process, check_goes_on, plain
 from stackwise_jax.curriculum import Phase, trained_apart
 from stackwise_jax.engine import directory
 from stackwise_jax.engine.account import phase_flops_of, trainable_and_frozen
@@ -129,6 +129,7 @@ class Run:
         self.weights = self.recorder.weights = Weights(setup.rack, self.placement, self.recorder.store, root_key)
         self.weights.scratch = self.scratch
         progress = self.recorder.store.latest() or self._begin()
+        check_goes_on(progress, len(self.phases), run_dir)
         directory.check_unchanged(run_dir, progress, directory.fingerprints(setup))
         self.recorder.go_on_from(progress)
         if progress.number > 1 and not progress.finished:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stackwise_jax.adapters import merge_adapters
-from stackwise_jax.checkpoint import Progress, Store
+from stackwise_jax.checkpoint import Progress, Store, check_goes_on
 from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.curriculum import AdapterSpec, Phase, Plan, StackAdapter, make_plan, trained_apart
 from stackwise_jax.data import Tokenizer, load_tokenizer
@@ -55,6 +55,7 @@ class Source:
         self.progress: Progress = progress
         self.rack: Rack = read_rack(self.run_dir)
         self.plan: Plan = make_plan(self.config, rack_shape(self.rack, self.config.data))
+        check_goes_on(progress, len(self.plan.phases), self.run_dir)
         self._choose(depth, expert)
 
     def tokenizer(self) -> Tokenizer:
