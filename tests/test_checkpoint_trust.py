@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -220,69 +219,6 @@ def test_facts_with_wrong_types_are_refused_and_named(tmp_path, key, value):
     forge(store.path("stacks/000", 1) / items.META, lambda data: data["meta"].update({key: value}))
     with pytest.raises(RunError, match=rf"meta\.{key} cannot be"):
         store.item_meta("stacks/000", 1)
-
-
-# Records.
-
-COUNTS = ("number", "phase", "step", "global_step", "metrics_bytes", "bad_steps")
-PROGRESS = {
-    **{key: [-1, 1.0, "1", None, True, 10**30, []] for key in COUNTS},
-    "versions": [
-        7,
-        {"../../x": 1},
-        {"/x": 1},
-        {"head": -1},
-        {"head": 10**8},
-        {"head": "1"},
-        {"progress": 1},
-        [["a", 1]],
-    ],
-    "formats": [7, {"head": 1}, {"head": "fp33"}, {"head": ["fp32"]}],
-    "data": [7, []],
-    "results": [7, {}, [7], [{"index": "0"}], [{"versions": {"../x": 1}}], [{"versions": {"head": 1}}], [{"path": 7}]],
-    "finished": [1, "yes", None],
-    "extra": [7, {"history": 7}, {"seconds": "x"}, {"skipped": -1}],
-    "digests": [7, {"../x": "0" * 64}, {"rack.json": "0"}],
-}
-
-
-@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in PROGRESS.items() for v in values])
-def test_a_record_with_wrong_types_is_refused_and_the_field_named(tmp_path, key, value):
-    store = store_at(tmp_path)
-    file = store.directory / "progress" / "00000001.json"
-    forge(file, lambda data: data["progress"].update({key: value}))
-    with pytest.raises(RunError, match=rf"00000001\.json is damaged: {key}"):
-        store.read(1)
-    with pytest.raises(RunError, match="no record"):
-        store.latest()
-
-
-def test_a_record_that_lacks_a_field_or_has_one_too_many_is_refused(tmp_path):
-    store = store_at(tmp_path)
-    file = store.directory / "progress" / "00000001.json"
-    sound = file.read_bytes()
-    for change in (lambda p: p.pop("versions"), lambda p: p.pop("step"), lambda p: p.update(other=1)):
-        forge(file, lambda data, change=change: change(data["progress"]))
-        with pytest.raises(RunError, match=r"damaged: the record .*(versions|step|other)"):
-            store.read(1)
-        file.write_bytes(sound)
-    shutil.copy(file, file.with_name("00000007.json"))
-    with pytest.raises(RunError, match="it is the record 1 under another name"):
-        store.read(7)
-    with pytest.raises(RunError, match=r"00000008\.json is damaged: step cannot be -1"):
-        store.commit(replace(record(8, {"stacks/000": 1}), step=-1))
-    assert store.records() == [1, 7]
-
-
-def test_a_record_of_version_0_1_is_read(tmp_path):
-    store = store_at(tmp_path)
-
-    def as_before(data):
-        data["format"] = 1
-        del data["progress"]["digests"]
-
-    forge(store.directory / "progress" / "00000001.json", as_before)
-    assert store.latest() == record(1, {"stacks/000": 1})
 
 
 # Links in a store and beside it.

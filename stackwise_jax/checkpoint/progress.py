@@ -84,6 +84,30 @@ def _read(path: Path, data: Any) -> Progress:
     return progress
 
 
+def check_goes_on(progress: Progress, n_phases: int, where: Path) -> None:
+    """Check that a record has what a run of `n_phases` phases takes from it when it is loaded or goes on.
+
+    Raises:
+        RunError: something is missing or names a phase that there is not; the sentence names `where`.
+    """
+    ended = progress.step == 0 and bool(progress.results)
+    needs = {
+        "data": ("fingerprint", "held_out", "tokenizer"),
+        "versions": ("embed", "head"),
+        "extra": tuple(IN_EXTRA) if progress.step else (),
+    }
+    absent = [
+        f"{field}.{name}" for field, names in needs.items() for name in names if name not in getattr(progress, field)
+    ]
+    if ended and not progress.results[-1].get("versions"):
+        absent.append(f"results[{len(progress.results) - 1}].versions")
+    highest = max([progress.phase - (progress.step == 0), *(r.get("index", 0) for r in progress.results)])
+    if absent or highest >= n_phases:
+        what = f"has no {absent[0]}" if absent else f"names phase {highest} of {n_phases}"
+        remedy = "remove it to go on from the one before, or use another run.dir"
+        raise RunError(f"record {progress.number} of {where} is damaged: it {what}; {remedy}")
+
+
 _is_versions = partial(is_table, key=is_item, entry=partial(is_count, most=fields.LAST_VERSION))
 _is_formats = partial(is_table, key=is_item, entry=fields.is_format)
 _is_mapping = lambda value: isinstance(value, dict)
@@ -134,3 +158,6 @@ def _check(progress: Progress) -> None:
                 expect(good(result[name]), f"results[{i}].{name}", result[name])
         if result.get("versions") and (missing := [name for name in REQUIRED if name not in result]):
             raise Wrong(f"results[{i}] has no {missing[0]}")
+        weights = [name for name in result.get("versions", {}) if not name.startswith(("adapters/", "moments/"))]
+        if lost := [name for name in weights if name not in progress.versions]:
+            raise Wrong(f"versions has no {lost[0]}")  # it would be taken for one that is still to be grown

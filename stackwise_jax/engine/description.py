@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from stackwise_jax.checkpoint import Progress, Store
-from stackwise_jax.config import StackWiseConfig, load_config, resolved_yaml, validate
+from stackwise_jax.checkpoint import Progress, Store, check_goes_on
+from stackwise_jax.config import StackWiseConfig, config_from_yaml, resolved_yaml, validate
 from stackwise_jax.config.schema import Format
 from stackwise_jax.curriculum import (
     Plan,
@@ -61,8 +61,9 @@ def read_config(run_dir: Path) -> StackWiseConfig:
         RunError: it is missing or cannot be read.
     """
     path = run_dir / CONFIG
-    present = entries.read(path).splitlines()
-    config = load_config(path)
+    content = entries.read(path)
+    config = config_from_yaml(content, str(path))
+    present = content.splitlines()
     if missing := [section for section in config.to_dict() if f"{section}:".encode() not in present]:
         raise UsageError(f"{path} is damaged (section {missing[0]} is missing); restore it from a copy")
     try:
@@ -130,8 +131,9 @@ def check_record(run_dir: Path, progress: Progress, plan: Plan) -> None:
     """Refuse a record that is not of this plan.
 
     Raises:
-        RunError: it names a phase, a step, an item or a format that the run does not have.
+        RunError: it lacks something, or names a phase, a step, an item or a format that the run does not have.
     """
+    check_goes_on(progress, len(plan.phases), run_dir)
     if strange := next(_strange(progress, plan), None):
         where = run_dir / CHECKPOINTS / "progress"
         raise RunError(f"the newest record in {where} does not fit {PHASES}: {strange}; restore both from a copy")

@@ -71,6 +71,7 @@ FREE_KEYS = frozenset(
         "mesh.num_processes",
     }
 )
+TEXT_FORMAT = "bos text eos"  # of a document; records of version 0.1 do not say, and had no eos
 # Under cache.kind auto the budgets decide whether tokens are met again, otherwise only where the activations lie.
 BUDGETS = frozenset({"cache.host_budget", "cache.disk_budget"})
 FREE_IN_RACK = ("attention_implementation", "remat")
@@ -190,6 +191,7 @@ def _check_metrics(run_dir: Path, progress: Progress) -> None:
 def fingerprints(setup: Setup) -> dict[str, str]:
     """Of what a run must find again as it was: its text and its tokenizer, and adapters that it has yet to take."""
     found = {
+        "text_format": TEXT_FORMAT,
         "fingerprint": setup.train.fingerprint,
         "held_out": setup.valid.fingerprint,
         "tokenizer": setup.tokenizer.fingerprint,
@@ -209,6 +211,12 @@ def check_unchanged(run_dir: Path, progress: Progress, found: dict[str, str]) ->
             "with; restore that folder from a copy, or train in another run.dir"
         )
     texts = {"fingerprint": ("training", "data.path"), "held_out": ("held-out", "data.valid_path or data.path")}
+    if found.keys() & texts.keys() and progress.data.get("text_format") != TEXT_FORMAT:
+        raise UsageError(
+            f"{run_dir} was begun by version 0.1 of this program, whose documents had no end token, so it cannot go on "
+            "or be evaluated on its own text here; evaluate on a file with --data.path, or train in another run.dir "
+            f"from its weights (run.init_from {run_dir})"
+        )
     for name, (what, key) in texts.items():
         if name in found and found[name] != progress.data.get(name):
             raise UsageError(

@@ -13,6 +13,7 @@ from stackwise_jax.checkpoint import MetricsLog, Progress, Store
 from stackwise_jax.curriculum import Phase
 from stackwise_jax.engine import entries
 from stackwise_jax.engine.weights import Weights, count_values, final_format, path_items
+from stackwise_jax.errors import RunError
 
 Tree = Any
 OPTIMIZER, MOMENTS = "optimizer", "moments/"
@@ -174,6 +175,8 @@ class Recorder:
         """An entry of the optimizer state that `progress` names, with the structure and shardings of `opt`."""
         saved: dict[str, jax.Array] = {}
         for item, leaves in optimizer_items(name, opt):
+            if item not in progress.versions:
+                raise RunError(f"record {progress.number} of {self.store.directory} is damaged: versions has no {item}")
             like = {number: _shape_of(x) for number, x in leaves.items()}
             saved |= self.store.load_item(item, progress.versions[item], like)
         return jax.tree.unflatten(jax.tree.structure(opt), [saved[number] for number in sorted(saved)])
