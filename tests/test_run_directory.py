@@ -132,6 +132,19 @@ def test_records_of_version_0_1_load_and_the_next_one_has_digests(begun, finishe
         Source(begun)
 
 
+def test_text_without_ends_of_documents_is_left_to_version_0_1(copy, tmp_path):
+    change_records(as_version_0_1(copy), lambda progress: progress["data"].pop("text_format"))
+    loaded = load_rack(copy)
+    remedy = r"begun by version 0\.1 .* no end token.* --data\.path.*run\.init_from"
+    with pytest.raises(UsageError, match=remedy):
+        held_out_text(loaded)
+    with pytest.raises(UsageError, match=remedy):
+        open_store(prepare(tiny(*PLAN), copy))
+    (tmp_path / "mine.txt").write_text("a text\n\nof my own")
+    assert len(held_out_text(loaded, tmp_path / "mine.txt"))
+    assert prepare(tiny("curriculum.plan=joint", f"run.init_from={copy}"), tmp_path / "new").origin is not None
+
+
 def test_a_plan_of_version_0_1_is_compared_with_the_one_that_is_made(copy):
     as_version_0_1(copy)
     change(copy / "phases.json", '"lr": 0.005', '"lr": 0.5')
