@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from stackwise_jax.checkpoint.database import check_index
 from stackwise_jax.checkpoint.fields import array_bytes
 from stackwise_jax.checkpoint.files import brief
 from stackwise_jax.errors import RunError
@@ -174,6 +175,7 @@ def _open_database(item: Path, table: dict[str, dict], sizes: Sizes) -> dict[str
     declared, present = sum(map(array_bytes, table.values())), sum(sizes.values())
     if declared > present:
         raise RunError(f"{item} is damaged: its leaves have {declared:,} bytes and its files {present:,}")
+    check_index(item, sizes)
     for name, entry in table.items():
         with _plain(item / ARRAYS) as path:
             try:
