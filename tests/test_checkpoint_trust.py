@@ -108,7 +108,7 @@ def test_items_of_version_0_1_load(tmp_path):
     assert (store.path("stacks/000", 1) / "arrays" / "manifest.ocdbt").exists()
     store.directory.rename(tmp_path / "a[1]*?\\b")
     shutil.copytree(tmp_path / "a[1]*?\\b", tmp_path / "plain")
-    for directory in ("plain", "a[1]*?\\b"):
+    for directory in ("plain", "a[1]*?\\b", "plain/../plain", "plain/../a[1]*?\\b"):
         loaded = Store(tmp_path / directory).load_item("stacks/000", 1)
         assert loaded["n"] == 7 and np.array_equal(loaded["q"]["kernel"], tree["q"]["kernel"])
 

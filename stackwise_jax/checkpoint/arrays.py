@@ -201,7 +201,9 @@ def _in_database(path: Path, name: str) -> Any:
 @contextlib.contextmanager
 def _plain(path: Path) -> Iterator[Path]:
     """The same directory under a path that TensorStore takes as it is: it takes a backslash for a slash and refuses
-    other names. Each process makes its own link, so that nothing in the directory itself changes."""
+    `..` and other names. Each process makes its own link, so that nothing in the directory itself changes."""
+    if ".." in path.parts:
+        path = path.resolve()
     if _PLAIN.fullmatch(str(path)) and ".__lock" not in str(path):
         yield path
         return
