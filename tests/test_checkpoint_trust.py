@@ -1,5 +1,6 @@
 """Stores that somebody else made or changed: checked before anything is read, and nothing outside them is touched."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,8 +9,10 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from stackwise_jax.checkpoint import MetricsLog, Progress, Store, items
+from stackwise_jax.checkpoint.database import INDEX, check_index
 from stackwise_jax.checkpoint.files import read_json, write_json
 from stackwise_jax.errors import RunError
 
@@ -105,7 +108,7 @@ def test_items_of_version_0_1_load(tmp_path):
     assert (store.path("stacks/000", 1) / "arrays" / "manifest.ocdbt").exists()
     store.directory.rename(tmp_path / "a[1]*?\\b")
     shutil.copytree(tmp_path / "a[1]*?\\b", tmp_path / "plain")
-    for directory in ("plain", "a[1]*?\\b"):
+    for directory in ("plain", "a[1]*?\\b", "plain/../plain", "plain/../a[1]*?\\b"):
         loaded = Store(tmp_path / directory).load_item("stacks/000", 1)
         assert loaded["n"] == 7 and np.array_equal(loaded["q"]["kernel"], tree["q"]["kernel"])
 
@@ -123,6 +126,65 @@ def test_compressed_arrays_are_refused_before_they_are_read(tmp_path, database):
     forge(item / items.META, lambda data: data["leaves"]["q/kernel"].update(shape=[2, 16, 16]))
     with pytest.raises(RunError, match=r"shape is \[2, 1024, 1024\] and has to be|compressor is"):
         store.load_item("stacks/000", 1)
+
+
+def test_a_database_whose_index_is_a_bomb_is_refused_before_it_is_opened(tmp_path):
+    """Its leaf is small and sound; beside it the index holds zeros, which TensorStore would decompress on the way."""
+    store = store_at(tmp_path)
+    item = store.path("stacks/000", 1)
+    shutil.rmtree(item / "arrays")
+    forge(item / items.META, lambda data: data.update(leaves={"n": {"shape": [], "dtype": "int32"}}))
+    where = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item / 'arrays'}/"}}
+    config = {"max_inline_value_bytes": 2**20, "max_decoded_node_bytes": 2**30}
+    database = ts.KvStore.open({**where, "config": config}).result()
+    described = {"zarr_format": 2, "shape": [], "chunks": [], "dtype": "<i4", "order": "C", "fill_value": None}
+    with ts.Transaction() as change:
+        leaf = database.with_transaction(change)
+        leaf["n/.zarray"] = json.dumps({**described, "filters": None, "compressor": None}).encode()
+        leaf["n/0"] = b"\7\0\0\0"
+    list_again(item)
+    assert store.load_item("stacks/000", 1)["n"] == 7
+    with ts.Transaction() as change:
+        for number in range(INDEX // 2**20 + 1):
+            database.with_transaction(change)[f"o{number:04d}"] = bytes(2**20)
+    list_again(item)
+    assert sum(path.stat().st_size for path in item.rglob("*") if path.is_file()) < 10**5
+    with pytest.raises(RunError, match="the index of its item may have more than 67,108,864 bytes, uncompressed"):
+        store.load_item("stacks/000", 1)
+
+
+def node(content, magic=b"\x0c\xdb\x20\xde", how=b"\0\1"):
+    return magic + (len(content) + 18).to_bytes(8, "little") + how + content + b"crc4"
+
+
+def frame(blocks, head=b"\x20\x07", last=1, size=2**17):
+    """A frame of zstd whose blocks are one byte, repeated."""
+    kinds = [last if n == blocks - 1 else 0 for n in range(blocks)]
+    return b"\x28\xb5\x2f\xfd" + head + b"".join((kind | 2 | size << 3).to_bytes(3, "little") + b"x" for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (node(frame(512)), None),
+        (node(frame(5, head=b"\x00\x58")) + node(frame(1, head=b"\x60\1\2"), magic=b"\x0c\xdb\x12\x34"), None),
+        (node(frame(1, head=b"\x24\x07") + b"sums"), None),
+        (node(frame(600), how=b"\0\0"), None),
+        (node(frame(513))[:-1], None),  # TensorStore takes no node that ends early
+        (b"values" + node(frame(513)), "more than"),
+        (node(frame(256)) + b"." + node(frame(257), magic=b"\x0c\xdb\x3a\x2a"), "more than"),
+        (node(frame(1) + frame(10**4)), "not as version 0.1"),
+        (node(frame(3, last=0)), "not as version 0.1"),
+        (node(frame(1, size=2**18)), "not as version 0.1"),
+        (node(frame(10**4), how=b"\x80\0\x81\0"), "not as version 0.1"),
+        (node(b"\x50\x2a\x4d\x18\0\0\0\0" + frame(10**4)), "not as version 0.1"),
+        (node(b""), "not as version 0.1"),
+    ],
+)
+def test_the_index_of_a_database_is_bounded_by_its_blocks(tmp_path, content, reason):
+    (tmp_path / "file").write_bytes(content)
+    with contextlib.nullcontext() if reason is None else pytest.raises(RunError, match=reason):
+        check_index(tmp_path, {"file": len(content)})
 
 
 LEAF = "q/kernel"

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from stackwise_jax.checkpoint.database import check_index
 from stackwise_jax.checkpoint.fields import array_bytes
 from stackwise_jax.checkpoint.files import brief
 from stackwise_jax.errors import RunError
@@ -174,6 +175,7 @@ def _open_database(item: Path, table: dict[str, dict], sizes: Sizes) -> dict[str
     declared, present = sum(map(array_bytes, table.values())), sum(sizes.values())
     if declared > present:
         raise RunError(f"{item} is damaged: its leaves have {declared:,} bytes and its files {present:,}")
+    check_index(item, sizes)
     for name, entry in table.items():
         with _plain(item / ARRAYS) as path:
             try:
@@ -199,7 +201,9 @@ def _in_database(path: Path, name: str) -> Any:
 @contextlib.contextmanager
 def _plain(path: Path) -> Iterator[Path]:
     """The same directory under a path that TensorStore takes as it is: it takes a backslash for a slash and refuses
-    other names. Each process makes its own link, so that nothing in the directory itself changes."""
+    `..` and other names. Each process makes its own link, so that nothing in the directory itself changes."""
+    if ".." in path.parts:
+        path = path.resolve()
     if _PLAIN.fullmatch(str(path)) and ".__lock" not in str(path):
         yield path
         return
