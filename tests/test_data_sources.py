@@ -72,6 +72,7 @@ def test_held_out_documents_are_disjoint_complete_and_drawn_by_seed(tmp_path):
     assert (train, valid) == split_documents(text_config(path, valid_fraction=0.1), seed=3)
     assert set(valid) != set(split_documents(text_config(path, valid_fraction=0.1), seed=4)[1])
     assert [len(part) for part in split_documents(text_config(path, valid_fraction=0.001), seed=3)] == [99, 1]
+    assert [len(part) for part in split_documents(text_config(path, valid_fraction=0.999), seed=3)] == [1, 99]
 
 
 def test_valid_path_holds_out_nothing_of_the_training_text(tmp_path):

@@ -2,9 +2,12 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stackwise_jax.engine.heldout import quotients
+from stackwise_jax.engine.step import batch_metrics
 from stackwise_jax.evaluation.held_out import standard_error
 
 TRIALS = 600
@@ -43,3 +46,13 @@ def test_one_draw_says_nothing_of_it_and_equal_draws_have_none():
     sums_DN = drawn(np.random.default_rng(0), 1, 5, "normal")
     assert standard_error(sums_DN) is None
     assert standard_error(sums_DN * 3) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_quotients_of_one_token_are_its_own_and_of_none_are_zero(count):
+    sums = dict.fromkeys(("nll", "tokens", "bytes", "correct", "predicted"), float(count))
+    for found in (quotients([sums]), batch_metrics({name: jnp.float32(value) for name, value in sums.items()})):
+        assert (float(found["loss"]), float(found["accuracy"])) == (count, count)
+        assert float(found["bits_per_byte"]) == pytest.approx(count / math.log(2))
+    assert quotients([sums] * 3)["loss"] == count
+    assert quotients([sums, sums | {"nll": 3.0, "tokens": 3.0}])["tokens"] == count + 3

@@ -66,7 +66,7 @@ class Tests:
         self._passes: dict[str, bool] = {}  # whether a test passes where nothing is changed
 
     def of(self, module: str) -> list[str]:
-        """Test files named after the module or importing it, then those that import what imports it."""
+        """Test files named after the module, of its folder, importing it, then those that import what imports it."""
         name = module.removeprefix(f"{PACKAGE}.")
         folder, last = name.split(".")[0], name.split(".")[-1]
         users = {user for user, names in self._package.items() if module in names}
@@ -75,11 +75,9 @@ class Tests:
             names = self._imports[path]
             if path.stem.startswith((f"test_{name.replace('.', '_')}", f"test_{folder}_{last}", f"test_{last}")):
                 return 0
-            if module in names or any(user.startswith(module + ".") for user in names):
+            if path.stem.startswith(f"test_{folder}") and names & {module, *users}:
                 return 1
-            if names & users:
-                return 2 if path.stem.startswith(f"test_{folder}") else 3
-            return 9
+            return 2 if module in names else 3 if names & users else 9
 
         ranked = sorted((rank(path), path.stat().st_size, path) for path in self._imports)
         return [f"tests/{path.name}" for place, _, path in ranked if place < 9][: self._files]
@@ -164,9 +162,13 @@ def main() -> int:
     parser.add_argument("--module", default="*", help="a pattern of paths within the package, such as 'engine/*'")
     parser.add_argument("--tests", nargs="*", help="these test files instead of those of each module")
     parser.add_argument("--files", type=int, default=4, help="test files for each change")
+    parser.add_argument("--again", action="store_true", help="first try again what was not killed (with more --files)")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a test file is given up")
     args = parser.parse_args()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    if args.again:
+        done = [entry for entry in done if entry["result"] == "killed"]
+        args.out.write_text("".join(json.dumps(entry) + "\n" for entry in done))
     known = {entry["key"] for entry in done}
     with tempfile.TemporaryDirectory(prefix="mutate-") as directory:
         copy = Path(directory)
