@@ -115,6 +115,7 @@ def test_the_source_stays_as_it_is(run_dir, tmp_path):
         ([], ["nothing to do", "--merge_adapters"]),
         (["--remove", "7"], ["--remove", "7", "[0, 1, 2]"]),
         (["--remove", "0,1,2"], ["leaves no stack"]),
+        (["--remove", "0,0"], ["--remove", "[0] twice"]),
         (["--insert", "9"], ["--insert 9", "0 to 3"]),
         (["--sizes", "5,5"], ["6 blocks"]),
         (["--sizes", "6"], ["adapters differ", "--merge_adapters"]),
@@ -192,6 +193,23 @@ def test_what_breaks_on_the_way_leaves_nothing_and_can_be_repeated(error, run_di
     assert list(tmp_path.iterdir()) == []
     assert run(run_dir, tmp_path / "out", "--merge_adapters") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / MARK).exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("gs://bucket/new", "'gs:' reads as a URL"),
+        ("a/b/" + "x" * 300, "is longer than 255 bytes"),
+        ("a/b/" + "x" * 250, "File name too long"),  # beside it the name has an ending
+        ("file/a/b", "file is no folder"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_and_nothing_is_made(out, words, run_dir, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run(run_dir, f"{tmp_path}/{out}", "--sizes", "6", "--merge_adapters") in (1, 2)
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
 
 
 def test_what_a_kill_left_is_replaced_and_nothing_else(run_dir, tmp_path, capsys):

@@ -208,7 +208,7 @@ def test_a_run_that_cannot_fit_is_refused_with_figures_and_a_remedy():
     assert too_large(setup) is None
     sentence = too_large(prepare(tiny(*text, "memory.host=900MB", "model.d_model=128"), NOWHERE))
     assert sentence is not None
-    assert "phase 'rack' needs" in sentence and "of host memory where 858.3 MiB are to be had" in sentence
+    assert "phase 'rack' needs" in sentence and "of host memory where there are 858.3 MiB" in sentence
     assert "write --" in sentence and "memory.check off" in sentence
 
 

@@ -66,7 +66,28 @@ ODD_ARGUMENTS = (
     ("--config", "@files/random.txt"), ("--config", "@files/utf16.txt"), ("--config", "@canary"), ("stray",),
     ("--multirun",), ("--config-name", "x"), ("--json=1",), ("-x",), ("--mesh.process_id", "5"),
     ("--mesh.data", "64"), ("--mesh.num_processes", "-1"), ("--data.path", "@files/good.txt"),
+    ("--config", "@good"), ("--config", "@good/rack.json"), ("--config", "@good/metrics.jsonl"),
+    ("--config", "https://example.com/a.yaml"), ("--config", "\u043a.yaml"), ("--config", "a.yaml,b.yaml"),
+    ("--config", "@good/config.yaml", "more.yaml"), ("--config-name=experiment",), ("--cfg", "job"),
+    ("--multirun", "model.d_model=16,32"), ("-m", "model.d_model=16,32"), ("+model.d_model=3",), ("~model.d_model",),
+    ("model=small",), ("=",), ("training.training_architecture=blockwise",), ("curriculum.plans[0].plan=joint",),
+    ("--curriculum.plans[0].plan=joint",), ("\u2014model.d_model", "16"), ("-model.d_model", "16"), ("",), ("\udcff",),
+    ("--MODEL.D_MODEL", "16"), ("--model.d_model\u00a016",), ("--" + "x" * 5000,), ("--json", "true"),
+    ("--training.training_architecture", "blockwise"), ("--training.progressive.trunk_strategy", "qlora"),
+    ("--training.qlora_enabled", "true"), ("--progressive.max_stacks", "4"), ("--wandb.project", "x"),
+    ("--data.source", "huggingface", "--data.path", "wikitext"), ("--data.source=text", "--data.path=@files/*.txt"),
+    ("--data.source=text", "--data.path=https://example.com/a.txt"), ("--data.valid_path", "@files/pipe.txt"),
+    ("--cache.dir", "@files/good.txt"), ("--cache.dir", "@files/pipe.txt"), ("--cache.dir", "/proc/x"),
+    ("--run.dir=null", "--run.name=../x"), ("--run.dir=null", "--run.name=" + "n" * 300),
+    ("--run.init_from", "runs/nope"), ("--run.init_from", "@good/rack.json"), ("--run.init_from", "gs://x/y"),
+    ("--run.init_from", "@good", "--run.init_depth", "9"), ("--run.init_from", "@good", "--run.init_stacks", "[9]"),
+    ("--run.init_stacks", "[0]"), ("--curriculum.adapters.load_from", "@good", "--curriculum.trunk", "adapt"),
+    ("--mesh.num_processes", "2", "--mesh.coordinator", "nowhere"),
+    ("--mesh.num_processes", "2", "--mesh.coordinator", "localhost:99999999"),
+    ("--run.sample_tokens", "4", "--run.sample_prompt", "\udcff"),
 )  # fmt: skip
+# A plan looks at one process, and needs no text and no other run.
+ONLY_TRAIN = ("--mesh", "--cache.dir", "--data.", "--run.init_from", "--curriculum.adapters.load_from")
 
 YAML = {
     "a list": "- 1\n- 2\n",
@@ -119,6 +140,40 @@ YAML = {
     "custom phases text": "curriculum:\n  plan: custom\n  phases: hello\n",
     "custom phases none": "curriculum:\n  plan: custom\n  phases: []\n",
     "json": '{"model": {"d_model": "sixteen"}}\n',
+    "a page": "<!DOCTYPE html>\n<html><body>404: Not Found</body></html>\n",
+    "toml": "[model]\nd_model = 16\n",
+    "python": "import torch\nconfig = dict(d_model=16)\n",
+    "equals": "model.d_model=16\n",
+    "another version": "%YAML 3.0\n---\nmodel: {}\n",
+    "both sides of a merge": "model:\n<<<<<<< HEAD\n  d_model: 16\n=======\n  d_model: 32\n>>>>>>> x\n",
+    "a template": "model:\n  d_model: {{ d_model }}\n",
+    "an interpolation": "model:\n  d_model: ${model.n_heads}\n",
+    "hydra": "defaults:\n  - model: small\n  - _self_\nhydra:\n  run: {dir: x}\n",
+    "emoji": "model:\n  d_model\U0001f642: 16\n",
+    "wide digits": "model:\n  d_model: \uff11\uff16\n",
+    "arabic digits": "model:\n  d_model: \u0663\u0662\n",
+    "digits with underscores": "model:\n  d_model: 1_024\n",
+    "escape": 'run:\n  name: "\\q"\n',
+    "no key": ": 3\n",
+    "empty key": "? \n: 3\n",
+    "long key": "a" * 5000 + ": 3\n",
+    "many keys": "".join(f"k{i}: 1\n" for i in range(10_000)),
+    "many entries": "run:\n  init_stacks: [" + "0," * 20_000 + "]\n",
+    "stages text": "curriculum:\n  stages: abc\n",
+    "stages negative": "curriculum:\n  stages: [{steps: -1}]\n",
+    "custom phases mapping": "curriculum:\n  plan: custom\n  phases: {a: 1}\n",
+    "custom phases null": "curriculum:\n  plan: custom\n  phases: [null]\n",
+    "custom phases twice": "curriculum:\n  plan: custom\n  phases: [{name: a, path: [0, 0], train: [0], steps: 1}]\n",
+    "custom phases digits": (
+        "curriculum:\n  plan: custom\n  phases: [{name: a, path: [" + "9" * 20 + "], train: [0], steps: 1}]\n"
+    ),
+    "custom phases no list": "curriculum:\n  plan: custom\n  phases: [{name: a, path: 0, train: [0], steps: 1}]\n",
+    "adapters table": "curriculum:\n  adapters: {table: x, rank: 2}\n",
+    "StackWise in PyTorch": (
+        "model:\n  d_model: 256\ntraining:\n  training_architecture: progressive\n  training_mode: left2right\n"
+        "  fine_tune_mode: clm\n  max_steps: 10\n  progressive:\n    enabled: true\n    trunk_strategy: frozen\n"
+        "    cache_activations: true\n    new_stack_precision: full\ndata:\n  use_dummy_data: true\n"
+    ),
 }  # fmt: skip
 
 
@@ -131,8 +186,8 @@ def configurations() -> Iterator[Case]:
     for i, key in enumerate(WRONG_KEYS):
         yield Case(key, commands[i % 2], (*small(), "--run.dir=@out", key, "1"))
     for i, odd in enumerate(ODD_ARGUMENTS):
-        command = "train" if odd[0].startswith("--mesh") else commands[i % 2]  # plan looks at one process only
-        yield Case(" ".join(odd)[:40], command, (*small(), "--run.dir=@out", *odd), allowed="process_id" in odd[0])
+        command = "train" if odd[0].startswith(ONLY_TRAIN) else commands[i % 2]
+        yield Case(" ".join(odd)[:70], command, (*small(), "--run.dir=@out", *odd), allowed="process_id" in odd[0])
     for i, (name, text) in enumerate(YAML.items()):
         command = "train" if name == "surrogate" else commands[i % 2]  # a plan has no use for a name
         yield Case(f"YAML: {name}", command, ("--run.dir=@out",), yaml=text)
@@ -154,7 +209,8 @@ DATA = (
 )
 PLACES = (
     "@canary", "@canary/precious.txt", "@canary/precious.txt/run", "/dev/null", "/proc/run", "x" * 300, "a\0b",
-    "@files/loop.txt", "@files/loop.txt/run", "@files/pipe.txt", "gs:x",
+    "@files/loop.txt", "@files/loop.txt/run", "@files/pipe.txt", "gs://x/y", "s3:", "https://x.y/z",
+    "@good/rack.json/x", "@good/checkpoints", "@good/tokenizer", "a\nb",
 )  # fmt: skip
 
 
@@ -185,6 +241,7 @@ def files() -> Iterator[Case]:
 NO_RUNS = (
     "", ".", "/", "@absent", "@files/folder", "@files/good.txt", "@files/pipe.txt", "@files/loop.txt", "/dev/zero",
     "x" * 300, "a\0b", "@canary", "@good/checkpoints/absent", "\udcff", "\x1b[31mred", "@good/config.yaml",
+    "gs://bucket/run", "run=@good", "-", "\U0001f600", "@good/checkpoints/progress",
 )  # fmt: skip
 READERS = {
     "evaluate": (),
@@ -234,12 +291,15 @@ OPTIONS = {
         "--temperature inf", "--temperature x", "--top_k -1", "--top_k 1.5", "--top_p 0", "--top_p 2", "--top_p nan",
         "--seed x", "--steps 4", "--steps 0", "--order random", "--order nope", "--block_size 4", "--depth 0",
         "--depth -1", "--depth 9", "--depth 99999999999999999999", "--prompt", "--prompt \udcff",
-        "--prompts x", "stray",
+        "--prompts x", "stray", "--max_tokens 1000000000000", "--max-tokens 5", "--max_new_tokens 5",
+        "--temperature 0,7", "--temperature 1e400", "--top_k 99999999999999999999", "--top_p 1e-400", "--seed -1",
+        "--seed 4294967296", "--depth \uff11", "--depth=", "--config @good/config.yaml", "--model.d_model 32",
     ),
     "evaluate": (
         "--batches -1", "--batches x", "--draws 0", "--draws -1", "--draws 1000000000000000000000", "--depth 0",
         "--depth 9", "--depth x", "--objective nope", "--attention_mode nope", "--attention_mode",
-        "--data.paht x", "stray",
+        "--data.paht x", "stray", "--data.path /proc", "--data.path=", "--data.source text", "--batches 1e21",
+        "--config @good/config.yaml", "--model.d_model 32", "@good",
     ),
     "inspect": ("--stack -1", "--stack 9", "--stack x", "--stack 99999999999999999999", "--norm x", "stray"),
     "convert": (
@@ -249,7 +309,10 @@ OPTIONS = {
         "@out --depth 0", "@out --depth 9", "@out --remove 0,1", "@out --remove 9", "@out --remove -1",
         "@out --remove 0,0", "@out --insert 9", "@out --insert -1", "@out --init copy", "@out --seed 1",
         "@out --insert 0 --seed x", "@out --merge_adapters", "@out --format nope", "@out --adapters @good",
-        "@out stray",
+        "@out stray", "@out --remove 1,1 --format nf4", "@out --sizes 1,1,", "@out --sizes [1,1]", "@out --sizes 10000",
+        "@out --insert 0,0,99", "@out --format NF4", "@out --merge-adapters", "@out --adapters @good/checkpoints",
+        "@out --merge_base trained", "gs://x/y --sizes 2", "@out/gs: --sizes 2", "@out/a/b/../../../canary --sizes 2",
+        f"@out/a/{'x' * 300} --sizes 2", "@files/loop.txt --sizes 2", "/dev/null --sizes 2", "--out @out --sizes 2",
     ),
 }  # fmt: skip
 PLAN = (

@@ -344,9 +344,10 @@ def _check_mesh(mesh: MeshConfig) -> None:
     _need(mesh.data == -1 or mesh.data >= 1, "mesh.data", mesh.data, "at least 1, or -1 for all devices")
     _at_least(mesh, "mesh", 1, "fsdp", "num_processes")
     if mesh.num_processes > 1:
-        address = re.fullmatch(r".+:\d+", mesh.coordinator or "")
+        address = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", mesh.coordinator or "")
+        good = address is not None and 1 <= int(address[1]) < 2**16
         remedy = "host:port of process 0, since mesh.num_processes is more than 1"
-        _need(address is not None, "mesh.coordinator", mesh.coordinator, remedy)
+        _need(good, "mesh.coordinator", mesh.coordinator, remedy)
     in_range = 0 <= mesh.process_id < mesh.num_processes
     remedy = f"a number from 0 to {mesh.num_processes - 1}, since mesh.num_processes is {mesh.num_processes}"
     _need(in_range, "mesh.process_id", mesh.process_id, remedy)

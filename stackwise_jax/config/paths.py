@@ -51,6 +51,19 @@ def check_text(text: str, key: str) -> None:
         raise UsageError(f"{key} is {shown(text)}, which {problem}; write another one")
 
 
+def check_place(path: str | os.PathLike, key: str) -> None:
+    """Refuse a path at which no directory can be made, because something above it is no folder.
+
+    Raises:
+        UsageError: what that is.
+    """
+    above = os.path.abspath(path)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise UsageError(f"{key} {os.fspath(path)}: {above} is no folder; name a directory in one")
+
+
 def check_there(path: str, key: str, remedy: str, *, folder: bool = True) -> None:
     """Refuse a path at which there is no file (or folder).
 

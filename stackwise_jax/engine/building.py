@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stackwise_jax import files
 from stackwise_jax.checkpoint import Store, writing
+from stackwise_jax.config.paths import check_place
 from stackwise_jax.engine.entries import CHECKPOINTS, check_entries
 from stackwise_jax.errors import UsageError
 
@@ -20,14 +21,18 @@ MARK = ".converting"  # a file in a directory that is being built, by which a le
 def building(out: Path) -> Iterator[Path]:
     """Gives the path of a new directory to write into, which becomes `out` at the end.
 
-    After an error or Ctrl-C it is removed. What a kill left is replaced by the next call; nothing else ever is.
+    After an error or Ctrl-C it is removed, and the folders above it that were made for it. What a kill left is
+    replaced by the next call; nothing else ever is.
 
     Raises:
-        UsageError: something that was not made here has the name of the directory.
+        UsageError: something that was not made here has the name of the directory, or it cannot be there.
         RunError: it cannot be written, or another process is writing it.
     """
+    Store(out / CHECKPOINTS)  # refuses names that it cannot use
+    check_place(out, "OUT")
     path = out.with_name(f".{out.name}{MARK}")
     _clear(path)
+    made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     with writing(path):
         path.mkdir(parents=True)
     try:
@@ -41,6 +46,9 @@ def building(out: Path) -> Iterator[Path]:
             files.sync(out.parent)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process may use it by now
+            for folder in made:
+                folder.rmdir()
         raise
 
 

@@ -175,6 +175,8 @@ def _slots(source: Source, owner: Source, changes: Changes) -> list[Slot]:
     path = list(source.path)
     if unknown := sorted(set(changes.remove) - set(path)):
         raise UsageError(f"--remove names the stacks {unknown}; {source.run_dir} has {path}")
+    if twice := sorted({stack for stack in changes.remove if changes.remove.count(stack) > 1}):
+        raise UsageError(f"--remove names the stacks {twice} twice; they are counted as in {source.run_dir}, {path}")
     slots = []
     for i in path:
         fmt = changes.fmt or source.saved_format(stack_item(i))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stackwise_jax.checkpoint import Progress, Store, by_first_process, writing
 from stackwise_jax.config import StackWiseConfig, differing_keys
+from stackwise_jax.config.paths import check_place
 from stackwise_jax.engine.description import (
     PATHS,
     check_files,
@@ -34,6 +35,7 @@ from stackwise_jax.engine.entries import (
 from stackwise_jax.engine.executor import streams
 from stackwise_jax.engine.saved_shapes import check_shapes
 from stackwise_jax.errors import UsageError
+from stackwise_jax.memory.spill import check_scratch
 from stackwise_jax.model import Rack, rack_to_dict
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ def check_directory(setup: Setup) -> bool:
     """
     run_dir, config = setup.run_dir, setup.config
     if not run_dir.exists():
+        check_place(run_dir, "run.dir")
         return False
     if not run_dir.is_dir():
         raise UsageError(f"run.dir {run_dir} is a file; name a directory")
@@ -242,6 +245,9 @@ def open_store(setup: Setup) -> Store:
     """
     store = Store(setup.run_dir / CHECKPOINTS, keep=setup.config.run.keep)
     by_first_process(lambda: check_directory(setup))  # before the lock, which is a file in it
+    cache = setup.config.cache
+    if cache.dir is not None and cache.kind != "recompute" and not is_finished(setup.run_dir):
+        check_scratch(cache.dir)  # now, and not when the first phase with a frozen prefix begins
     store.lock()
 
     def lay_down() -> None:

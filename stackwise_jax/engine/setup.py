@@ -16,7 +16,7 @@ from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.engine.source import Origin, Source, adapters_for, origin_for, saved_items
 from stackwise_jax.engine.step import TaskSpec
 from stackwise_jax.engine.weights import nearest_stack, stack_item
-from stackwise_jax.errors import UsageError
+from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.memory import Placement, make_mesh
 from stackwise_jax.memory.devices import claim_memory
 from stackwise_jax.model import Rack, can_copy, create_rack_from_config, padded_vocab, regroup
@@ -73,6 +73,7 @@ def start_devices(config: StackWiseConfig) -> Placement:
     Raises:
         UsageError: the mesh does not fit the devices, the batch does not fit the mesh, or JAX has settings under which
             seeds give other numbers.
+        RunError: the processes do not find each other.
     """
     check_settings()
     claim_memory()
@@ -80,7 +81,14 @@ def start_devices(config: StackWiseConfig) -> Placement:
     if mesh_cfg.num_processes > 1 and not jax.distributed.is_initialized():
         if mesh_cfg.coordinator is None:
             raise UsageError("mesh.coordinator is missing; write host:port of process 0, the same for all processes")
-        jax.distributed.initialize(mesh_cfg.coordinator, mesh_cfg.num_processes, mesh_cfg.process_id)
+        try:
+            jax.distributed.initialize(mesh_cfg.coordinator, mesh_cfg.num_processes, mesh_cfg.process_id)
+        except (RuntimeError, ValueError) as error:
+            why = (str(error).splitlines() or ["no reason is given"])[0][:160].rstrip(".")
+            raise RunError(
+                f"process {mesh_cfg.process_id} of {mesh_cfg.num_processes} cannot join the run at mesh.coordinator "
+                f"{mesh_cfg.coordinator} ({why}); start all processes with that address, which process 0 listens at"
+            ) from error
     placement = Placement(make_mesh(mesh_cfg))
     placement.check_batch(config.data.batch_size)
     part = config.data.batch_size // config.optimizer.microbatches

@@ -69,7 +69,7 @@ class Shortfall:
 
     def __str__(self) -> str:
         need, limit = format_bytes(self.need), format_bytes(self.limit)
-        return f"{need} of {self.where} where {limit} are to be had (most of it for {self.largest})"
+        return f"{need} of {self.where} where there are {limit} (most of it for {self.largest})"
 
 
 def limits_of(machine: Machine) -> dict[Place, int | None]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,14 +35,8 @@ class SpillFile:
             UsageError: no file can be made in the directory.
             RunError: the disk has less than that.
         """
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self.directory, buffering=0)  # noqa: SIM115, close() closes it
-        except OSError as error:
-            raise UsageError(
-                f"cache.dir: no spill file can be made in {self.directory} ({error.strerror}); name a writable folder"
-            ) from error
+        if self._file is None:
+            self._file = _scratch_file(self.directory)
         free = shutil.disk_usage(self.directory).free
         if free < n_bytes:
             raise RunError(
@@ -110,3 +105,22 @@ class SpillFile:
 
 def _raw(part: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+
+
+def check_scratch(directory: Path | str) -> None:
+    """Make a folder for spill files, if it is not there, and try it.
+
+    Raises:
+        UsageError: no file can be made in it.
+    """
+    _scratch_file(Path(directory)).close()
+
+
+def _scratch_file(directory: Path) -> Any:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=directory, buffering=0)
+    except OSError as error:
+        raise UsageError(
+            f"cache.dir: no spill file can be made in {directory} ({error.strerror}); name a writable folder"
+        ) from error
