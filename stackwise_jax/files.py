@@ -71,6 +71,19 @@ def write_atomically(path: Path | str, content: bytes | str) -> None:
     sync(path.parent)
 
 
+def make_directory(path: Path | str) -> None:
+    """Make a directory, and those above it that are missing, so that they are still there after a power failure.
+
+    Raises:
+        OSError: a part of the path is no directory, or the disk does not take it.
+    """
+    path = Path(path)
+    made = [part for part in (path, *path.parents) if not part.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for part in made:
+        sync(part.parent)
+
+
 def sync(path: Path | str) -> None:
     """Have the kernel write a file or a directory's list of names to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

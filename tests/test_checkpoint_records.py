@@ -3,10 +3,11 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from test_checkpoint_trust import forge, record, store_at
 
-from stackwise_jax.checkpoint import check_goes_on
+from stackwise_jax.checkpoint import Store, check_goes_on
 from stackwise_jax.errors import RunError
 
 COUNTS = ("number", "phase", "step", "global_step", "metrics_bytes", "bad_steps")
@@ -101,3 +102,23 @@ def test_a_record_of_version_0_1_is_read(tmp_path):
 
     forge(store.directory / "progress" / "00000001.json", as_before)
     assert store.latest() == record(1, {"stacks/000": 1})
+
+
+def test_figures_of_a_long_run_are_no_damage(tmp_path):
+    """A phase of days on a large accelerator has more FLOPs than 64 bits hold."""
+    store = store_at(tmp_path)
+    result = {"index": 0, "name": "a", "formats": {}, "held_out_loss": 1.0, "bits_per_byte": 1.0}
+    result |= {"tokens": 10**13, "flops": 10**25, "seconds": 1e6, "versions": {"stacks/000": 1}}
+    store.commit(record(2, {"stacks/000": 1}, results=[result]))
+    assert store.latest().results[0]["flops"] == 10**25
+
+
+def test_records_that_did_not_change_are_read_once(tmp_path, monkeypatch):
+    store, plain, read = store_at(tmp_path), Store.read, []
+    monkeypatch.setattr(Store, "read", lambda self, number: read.append(number) or plain(self, number))
+    for version in (3, 4, 5):
+        store.save_item("stacks/000", version, {"a": np.zeros(2)}, {})
+    assert read == [1]
+    forge(store.directory / "progress" / "00000001.json", lambda data: data["progress"].update(step=-1))
+    store.save_item("stacks/000", 1, {"a": np.zeros(2)}, {})  # no sound record names it any more
+    assert read == [1, 1]

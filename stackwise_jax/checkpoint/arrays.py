@@ -39,7 +39,7 @@ DATABASE = f"{ARRAYS}/manifest.ocdbt"
 LARGE = 2**25  # bytes
 READ_BACK = 2**20  # bytes; so much of an item is read back and compared before the item gets its name
 METADATA = 2**16  # bytes, the most that the description of a leaf may have
-_PLAIN = re.compile(r"[\w/.,+=@ -]*", re.ASCII)
+_PLAIN = re.compile(r"[\w/.,+=@ -]*")
 
 Sizes = dict[str, int]  # file of an item, relative to it -> bytes
 Read = Callable[[tuple[slice, ...]], np.ndarray]  # a part of a leaf
@@ -207,14 +207,26 @@ def _plain(path: Path) -> Iterator[Path]:
     if _PLAIN.fullmatch(str(path)) and ".__lock" not in str(path):
         yield path
         return
+    with _link_to(path) as link:
+        yield link
+
+
+@contextlib.contextmanager
+def _link_to(path: Path) -> Iterator[Path]:
+    """A link to a directory, in the first temporary directory with a plain name that takes one."""
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        if _PLAIN.fullmatch(parent) and Path(parent).is_dir():
-            with tempfile.TemporaryDirectory(prefix="stackwise_jax", dir=parent) as folder:
+        if not _PLAIN.fullmatch(parent):
+            continue
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stackwise_jax", dir=parent))
                 link = Path(folder, "item")
                 link.symlink_to(path, target_is_directory=True)
-                yield link
+            except OSError:  # it is not there, or full
+                continue
+            yield link
             return
-    raise RunError(f"{path} needs a temporary directory with a plain name; set TMPDIR to one")
+    raise RunError(f"{path} has a name that needs a temporary directory, and none takes a link; set TMPDIR to one")
 
 
 def _release(arrays: Iterable[Any]) -> None:

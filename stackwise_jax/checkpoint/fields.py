@@ -17,6 +17,7 @@ DTYPES = {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"
 DTYPES |= {"float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e4m3b11fnuz", "float8_e4m3fnuz"}
 DTYPES |= {"float8_e5m2", "float8_e5m2fnuz"}
 LARGEST = 2**62  # steps, bytes
+LARGEST_NUMBER = 10**300  # FLOPs and all other figures: what a float holds
 LAST_VERSION = 10**8 - 1  # eight digits in a file name
 _ITEM = re.compile(r"(?!\d{8}(/|$))\w[\w-]*(/(?!\d{8}(/|$))\w[\w-]*)*", re.ASCII)
 _LEAF = re.compile(r"(?!\.)[^\\/\0-\x1f]+(/(?!\.)[^\\/\0-\x1f]+)*")
@@ -56,7 +57,7 @@ def is_count(value: Any, most: int = LARGEST) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a number or null, which stands for one that is not finite or was not measured."""
-    return value is None or type(value) is float or (type(value) is int and abs(value) <= LARGEST)
+    return value is None or type(value) is float or (type(value) is int and abs(value) <= LARGEST_NUMBER)
 
 
 def is_text(value: Any) -> bool:

@@ -29,6 +29,10 @@ LINK = "is a symbolic link, which is not followed inside a run; put what it poin
 SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
+class Intruder(RunError):
+    """Something stands in a store that no run puts there; the sentence says what to do about it."""
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn any failure of the writes inside into a RunError that names `path` and the remedy."""
@@ -106,7 +110,7 @@ def refuse_links(root: Path, path: Path) -> None:
     """
     for part in (path, *path.parents):
         if stat.S_ISLNK(_mode(part)):
-            raise RunError(f"{part} {LINK}")
+            raise Intruder(f"{part} {LINK}")
         if part == root:
             return
 
@@ -129,7 +133,7 @@ def open_own(path: Path, flags: int) -> int:
         OSError: it cannot be opened.
     """
     if path.is_symlink():
-        raise RunError(f"{path} {LINK}")
+        raise Intruder(f"{path} {LINK}")
     descriptor = os.open(path, flags | os.O_CREAT | SAFELY, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

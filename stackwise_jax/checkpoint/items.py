@@ -20,9 +20,18 @@ from jax.experimental import multihost_utils
 from stackwise_jax.checkpoint import fields
 from stackwise_jax.checkpoint.arrays import ARRAYS, READ_BACK, Read, Sizes, check_arrays, nested, raw, save_arrays
 from stackwise_jax.checkpoint.fields import Wrong, expect, is_table
-from stackwise_jax.checkpoint.files import LINK, brief, by_first_process, read_json, remove_tree, write_json, writing
+from stackwise_jax.checkpoint.files import (
+    LINK,
+    Intruder,
+    brief,
+    by_first_process,
+    read_json,
+    remove_tree,
+    write_json,
+    writing,
+)
 from stackwise_jax.errors import RunError, UsageError
-from stackwise_jax.files import sync
+from stackwise_jax.files import make_directory, sync
 from stackwise_jax.memory.hashing import is_whole_here, leaf_name, named_leaves
 from stackwise_jax.memory.placement import HOST_MEMORY
 
@@ -71,7 +80,7 @@ def load_tree(path: Path, like: Any = None) -> Any:
         _check_fit(path, table, targets)
     sizes = check_complete(path, saved)
     if stray := sorted(sizes.keys() - saved["files"].keys()):  # Orbax reads a `checkpoint` beside arrays before them
-        raise RunError(f"{path / stray[0]} is not part of the checkpoint ({META} does not list it); remove that file")
+        raise Intruder(f"{path / stray[0]} is not part of the checkpoint ({META} does not list it); remove that file")
     _check_files(path, saved["files"])
     reads = check_arrays(path, table, sizes)
     if like is None:
@@ -136,7 +145,7 @@ def holds_same(path: Path, tree: Any, meta: dict) -> bool:
 def _make_empty(directory: Path) -> None:
     with writing(directory):
         _discard(directory)
-        directory.mkdir(parents=True)
+        make_directory(directory)
 
 
 def _discard(directory: Path) -> None:
@@ -185,14 +194,14 @@ def _walk(path: Path) -> Sizes:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
                     if entry.is_symlink():
-                        raise RunError(f"{entry.path} {LINK}")
+                        raise Intruder(f"{entry.path} {LINK}")
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(Path(entry.path))
                     elif entry.is_file(follow_symlinks=False):
                         name = Path(entry.path).relative_to(path).as_posix()
                         found[name] = entry.stat(follow_symlinks=False).st_size
                     else:
-                        raise RunError(f"{entry.path} is neither a file nor a directory; remove it")
+                        raise Intruder(f"{entry.path} is neither a file nor a directory; remove it")
     except FileNotFoundError as error:
         raise RunError(f"{error.filename} is missing") from None
     except OSError as error:
@@ -246,7 +255,8 @@ def _read(path: Path) -> dict:
             if name in saved["meta"]:
                 expect(good(saved["meta"][name]), f"meta.{name}", saved["meta"][name])
         for name, entry in saved["leaves"].items():
-            expect(fields.is_leaf(name), "the name of a leaf", name)
+            within = [name[:i] for i, letter in enumerate(name) if letter == "/"]
+            expect(fields.is_leaf(name) and not saved["leaves"].keys() & {*within}, "the name of a leaf", name)
             expect(isinstance(entry, dict), f"leaves.{name}", entry)
             expect(fields.is_shape(entry.get("shape")), f"leaves.{name}.shape", entry.get("shape"))
             expect(entry.get("dtype") in fields.DTYPES, f"leaves.{name}.dtype", entry.get("dtype"))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stackwise_jax.checkpoint.files import SAFELY, is_at, open_own, writing
 from stackwise_jax.errors import RunError
+from stackwise_jax.files import make_directory
 
 try:
     import fcntl
@@ -42,7 +43,7 @@ class WriteLock:
         self.directory, self.path = directory, directory / NAME
         self._made = [path for path in (directory, *directory.parents) if not path.exists()]
         with writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
         try:
             self._descriptor = self._take()
         except RunError:

@@ -12,7 +12,7 @@ import jax
 
 from stackwise_jax.checkpoint.files import is_at, open_own, plain, writing
 from stackwise_jax.errors import RunError
-from stackwise_jax.files import read_regular, sync
+from stackwise_jax.files import make_directory, read_regular, sync
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class MetricsLog:
         self._file = None
         if jax.process_index() == 0:
             with writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(self.path.parent)
                 descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND)
                 self._file = open(descriptor, "ab", buffering=0)  # noqa: SIM115 (held until close)
                 sync(self.path.parent)

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from stackwise_jax.checkpoint import fields, items, locks
-from stackwise_jax.checkpoint.files import LINK, brief, by_first_process, refuse_links, remove_tree, writing
+from stackwise_jax.checkpoint.files import LINK, Intruder, brief, by_first_process, refuse_links, remove_tree, writing
 from stackwise_jax.checkpoint.location import PROGRESS, VERSION
 from stackwise_jax.checkpoint.progress import Progress, read_progress, write_progress
 from stackwise_jax.errors import RunError, UsageError
+from stackwise_jax.files import make_directory
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Store:
         self.keep = keep
         self._lock: locks.WriteLock | None = None
         self._reading: weakref.finalize | None = None
+        self._read_records: dict[int, tuple[tuple[int, int, int], Progress]] = {}
         _check_directory(self.directory)
 
     def path(self, name: str, version: int) -> Path:
@@ -112,7 +114,7 @@ class Store:
         """All saved versions by item name, ascending, whether or not a record names them."""
         found: dict[str, list[int]] = {}
         for path in self._directories(VERSION):
-            found.setdefault(path.parent.relative_to(self.directory).as_posix(), []).append(int(path.name))
+            found.setdefault(self._item_of(path), []).append(int(path.name))
         return {name: sorted(versions) for name, versions in sorted(found.items())}
 
     def commit(self, progress: Progress) -> None:
@@ -212,16 +214,21 @@ class Store:
         return self.directory / PROGRESS / f"{number:08d}.json"
 
     def _valid(self) -> list[Progress]:
-        found = []
+        """All sound records, ascending. Those that were read before and have not changed since are not read again."""
+        before, self._read_records = self._read_records, {}
         for number in self.records():
             try:
-                found.append(self.read(number))
-            except RunError:
+                about = self._record(number).stat()
+                key = about.st_ino, about.st_mtime_ns, about.st_size
+                known = before.get(number)
+                record = known[1] if known is not None and known[0] == key else self.read(number)
+                self._read_records[number] = key, record
+            except (RunError, OSError):
                 continue
-        return found
+        return [record for _, record in self._read_records.values()]
 
     def _directories(self, kind: re.Pattern) -> list[Path]:
-        """Directories whose name fits, at any depth, without looking into versions and leftovers.
+        """Versions or leftovers of items: directories whose name fits below one that can be an item, at any depth.
 
         Raises:
             RunError: there is a symbolic link, or a directory cannot be read.
@@ -233,11 +240,12 @@ class Store:
                 with os.scandir(waiting.pop()) as entries:
                     for entry in entries:
                         if entry.is_symlink():
-                            raise RunError(f"{entry.path} {LINK}")
+                            raise Intruder(f"{entry.path} {LINK}")
                         if not entry.is_dir(follow_symlinks=False):
                             continue
-                        if kind.fullmatch(entry.name):
-                            found.append(Path(entry.path))
+                        path = Path(entry.path)
+                        if kind.fullmatch(entry.name) and fields.is_item(self._item_of(path)):
+                            found.append(path)
                         if not (VERSION.fullmatch(entry.name) or _LEFTOVER.fullmatch(entry.name)):
                             waiting.append(entry.path)
             except (FileNotFoundError, NotADirectoryError):
@@ -249,7 +257,7 @@ class Store:
     def _clear(self, path: Path) -> None:
         """Remove what a killed run left at `path`, where an item is about to be saved."""
         with writing(path):
-            (self.directory / PROGRESS).mkdir(exist_ok=True)
+            make_directory(self.directory / PROGRESS)
             if path.exists():
                 remove_tree(path)
 
@@ -265,7 +273,7 @@ class Store:
         if older and older[-1].number >= progress.number:
             raise RunError(f"{self._record(older[-1].number)} is not older than {record}; remove it to go back")
         with writing(record):
-            record.parent.mkdir(exist_ok=True)  # there are runs without items
+            make_directory(record.parent)  # there are runs without items
             write_progress(record, progress)
             self._remove_unneeded([*older, progress][-self.keep :], older)
 
@@ -278,6 +286,10 @@ class Store:
         needed = {self.path(name, version) for record in kept for name, version in record.needed}
         for path in set(self._directories(VERSION)) - needed:
             remove_tree(path)
+
+    def _item_of(self, version: Path) -> str:
+        """The name of the item of which a directory is a version."""
+        return version.parent.relative_to(self.directory).as_posix()
 
     def _open(self) -> None:
         """Hold the lock: two runs that write here would remove each other's files. Then see that all is in place."""
@@ -302,6 +314,8 @@ class Store:
         try:
             refuse_links(self.directory, path)
             return read(path, *args)
+        except Intruder:
+            raise
         except RunError as error:
             records = self._valid()
             needing = [record.number for record in records if (name, version) in record.needed]

@@ -143,7 +143,8 @@ def _wanted(store: Store, location: Location, stack: int | None) -> dict[str, li
     name = f"stacks/{stack:03d}"
     wanted = {n: versions for n, versions in found.items() if n == name or n.startswith(f"{name}/")}
     if not wanted:
-        stacks = sorted({int(n.split("/")[1]) for n in found if n.startswith("stacks/")})
+        names = {n.split("/")[1] for n in found if n.startswith("stacks/")}
+        stacks = sorted(int(n) for n in names if n.isascii() and n.isdigit())
         known = ", ".join(map(str, stacks)) or "none yet"
         raise UsageError(f"--stack {stack} is not among the saved stacks of {store.directory}; there are: {known}")
     return wanted
@@ -178,7 +179,11 @@ def _item(store: Store, name: str, version: int, norms: bool) -> dict[str, Any]:
     item["bits_per_value"] = 8 * item["bytes"] / max(item["values"], 1)
     item["disk_bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if norms:
-        found = dict(_norms(store.load_item(name, version), item.get("format", "")))
+        tree = store.load_item(name, version)
+        try:
+            found = dict(_norms(tree, item.get("format", "")))
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            raise RunError(f"{path} is damaged: its leaves do not fit each other; restore it from a copy") from error
         for leaf in leaves:
             if leaf["name"] in found:
                 leaf["norm"] = found[leaf["name"]]
@@ -196,7 +201,7 @@ def _norms(tree: Any, fmt: str, path: str = "") -> Iterator[tuple[str, float]]:
         for key, branch in tree.items():
             yield from _norms(branch, fmt, f"{path}/{key}" if path else key)
     else:
-        yield path, float(np.linalg.norm(tree.astype(np.float64).ravel()))
+        yield path, float(np.linalg.norm(np.abs(tree).astype(np.float64).ravel()))
 
 
 def _meta(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
