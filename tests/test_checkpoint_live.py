@@ -26,7 +26,7 @@ def record(number, versions):
 
 
 def advance(store, number):
-    store.save_item("stacks/000", number, tree_of(number), {"phase": 0})
+    store.save_item("stacks/000", number, tree_of(number), {"phase": "a"})
     store.commit(record(number, {"stacks/000": number}))
 
 
@@ -38,7 +38,7 @@ def test_a_store_works_in_a_directory_of_any_name(tmp_path, name):
     store.close()
     again = Store(tmp_path / name / "checkpoints")
     assert again.hold() == record(2, {"stacks/000": 2})
-    assert again.load_item("stacks/000", 2)["n"] == 2 and again.item_meta("stacks/000", 2) == {"phase": 0}
+    assert again.load_item("stacks/000", 2)["n"] == 2 and again.item_meta("stacks/000", 2) == {"phase": "a"}
     assert inspect_path(tmp_path / name / "checkpoints", norms=True)["damage"] == []
     assert sorted(os.listdir(tmp_path)) == [name]  # nothing was written beside it
 
