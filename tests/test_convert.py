@@ -228,8 +228,10 @@ def test_what_a_kill_left_is_replaced_and_nothing_else(run_dir, tmp_path, capsys
 
 def test_nothing_is_overwritten(run_dir, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    assert run(run_dir, tmp_path / "out", "--merge_adapters") == 2
-    assert "exists" in capsys.readouterr().err
+    for place in ("out", "absent/../out"):
+        assert run(run_dir, tmp_path / place, "--merge_adapters") == 2
+        assert "out exists" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
 
 
 def test_adapters_of_another_rack_are_refused(run_dir, tmp_path, capsys):

@@ -391,14 +391,16 @@ def test_a_stored_configuration_is_validated_and_files_have_a_bound(copy):
         Source(copy)
 
 
+EXTRA = {"seconds": 0.0, "skipped": 0, "history": []}
 RECORDS = {
-    "a phase": (lambda p: p.update(phase=9), "stands at phase 9"),
-    "a step": (lambda p: p.update(phase=0, step=99, finished=False), "step 99"),
-    "an item": (lambda p: p["versions"].update({"stacks/../..": 1}), "names the item"),
+    "a phase": (lambda p: p.update(phase=9), "names phase 8 of 2"),
+    "a step": (lambda p: p.update(phase=0, step=99, finished=False, extra=EXTRA), "phase 0, step 99"),
+    "an item": (lambda p: p["versions"].update({"stacks/../..": 1}), "no record in .* is sound"),
     "a stack": (lambda p: p["versions"].update({"stacks/777": 1}), "names the item"),
-    "a format": (lambda p: p["formats"].update({"stacks/000": "fp3"}), "names the format"),
-    "a result": (lambda p: [r.update(index=7) for r in p["results"]], "the result of phase 7"),
-    "a digest": (lambda p: p["digests"].update({"../../secret": "0"}), "no file of a run"),
+    "a format": (lambda p: p["formats"].update({"stacks/000": "fp3"}), "no record in .* is sound"),
+    "a result": (lambda p: [r.update(index=7) for r in p["results"]], "names phase 7 of 2"),
+    "a digest": (lambda p: p["digests"].update({"secret": "0" * 64}), "no file of a run"),
+    "a digest above": (lambda p: p["digests"].update({"../secret": "0" * 64}), "no record in .* is sound"),
 }
 
 

@@ -33,10 +33,9 @@ def building(out: Path) -> Iterator[Path]:
     path = out.with_name(f".{out.name}{MARK}")
     _clear(path)
     made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
-    with writing(path):
-        path.mkdir(parents=True)
     try:
         with writing(path):
+            path.mkdir(parents=True)
             files.write_atomically(path / MARK, "removed when the directory is complete\n")
         yield path
         with writing(out):

@@ -101,6 +101,7 @@ def convert_run(
         UsageError: `out` exists, a stack does not exist, or the changes do not fit together.
         RunError: a checkpoint is damaged, or the disk is full; nothing is left of `out`.
     """
+    out = Path(os.path.abspath(out))  # .. would need the folder before it to exist
     _check_ends(source, out)
     owner = adapters or source
     slots = _slots(source, owner, changes)
