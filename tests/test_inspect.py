@@ -170,6 +170,17 @@ def test_damage_is_one_sentence_and_the_rest_is_shown(run, capsys, what):
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize("change", ["missing", "a link"])
+def test_files_are_looked_for_where_no_array_is_read(run, capsys, change):
+    arrays = run / "checkpoints/stacks/001/00000002/arrays"
+    arrays.rename(run.parent / "elsewhere")
+    if change == "a link":
+        arrays.symlink_to(run.parent / "elsewhere")
+    assert main([str(run)]) == 1
+    error = capsys.readouterr().err
+    assert str(arrays) in error and ("symbolic link" if change == "a link" else "is missing") in error
+
+
 def test_a_damaged_version_named_directly_fails(run, capsys):
     version = run / "checkpoints/stacks/001/00000002"
     (version / "meta.json").write_text("{")

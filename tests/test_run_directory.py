@@ -346,11 +346,13 @@ def test_a_link_in_a_run_is_refused_before_it_is_followed(name, copy, tmp_path):
     assert (content(target) if target.is_dir() else target.read_bytes()) == before
 
 
-def test_a_pipe_in_a_run_is_not_waited_for(copy):
-    (copy / "metrics.jsonl").unlink()
-    os.mkfifo(copy / "metrics.jsonl")
-    with pytest.raises(UsageError, match=r"metrics\.jsonl is no regular file"):
-        prepare(tiny(*PLAN), copy)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "rack.json", "phases.json"])
+def test_a_pipe_in_a_run_is_not_waited_for(name, copy):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    for opened in (*openers(copy), lambda: inspect_path(copy)):
+        with pytest.raises(UsageError, match=f"{name} is no regular file"):
+            opened()
 
 
 def test_the_directory_itself_may_be_a_link(copy, tmp_path):

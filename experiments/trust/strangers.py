@@ -26,6 +26,7 @@ import numpy as np
 
 from stackwise_jax.checkpoint.files import read_json, write_json
 from stackwise_jax.checkpoint.items import META, _file_digest
+from stackwise_jax.engine.entries import digests
 
 SECONDS, BYTES = 60, 10**9
 ESCAPE = "\x1b]0;stranger\x07"
@@ -138,6 +139,30 @@ def edited(name: str, edit: Callable[[dict], object]) -> Change:
     return change
 
 
+def replaced(name: str, old: str, new: str) -> Change:
+    """Edit a text file of the run."""
+
+    def change(run: Path, outside: Path) -> None:
+        text = (run / name).read_text()
+        assert text.count(old) == 1, f"{name} has not one {old!r}"
+        (run / name).write_text(text.replace(old, new))
+
+    return change
+
+
+def fitting(change: Change) -> Change:
+    """The same change by somebody who also writes the new digests of the files of the run into its records."""
+
+    def both(run: Path, outside: Path) -> None:
+        change(run, outside)
+        for path in (run / "checkpoints" / "progress").glob("*.json"):
+            data = read_json(path)
+            data["progress"]["digests"] = digests(run)
+            write_json(path, data)
+
+    return both
+
+
 def write_bomb(arrays: Path, names: list[str], use_ocdbt: bool) -> None:
     """Zeros as Orbax writes them, compressed: the first leaf is a gigabyte, the others are small."""
     import orbax.checkpoint as ocp
@@ -199,6 +224,24 @@ LINKS = {  # place -> commands that have to refuse it; others may leave it alone
     **dict.fromkeys(("summary.json", "summary.json.tmp", "metrics.jsonl.tmp", "tensorboard", "cache", "offload"), ()),
     **dict.fromkeys(("tokenizer", "rack.json", "config.yaml", "phases.json"), ()),
 }
+DESCRIPTION: dict[str, tuple[Change, Iterable[str]]] = {  # the digests in the records fit
+    "phases.json: a name with an escape": (edited("phases.json", lambda phases: phases[0].update(name=ESCAPE)), ()),
+    "phases.json: deep": (put("phases.json", DEEP), EVERY),
+    "phases.json: 10^9 steps": (edited("phases.json", lambda phases: phases[1].update(steps=10**9)), ("train",)),
+    "rack.json: deep": (put("rack.json", DEEP), LOADING),
+    "rack.json: a vocabulary of 10^11": (edited("rack.json", lambda rack: rack.update(vocab_size=10**11)), LOADING),
+    "rack.json: 1000000 blocks": (
+        edited("rack.json", lambda rack: rack["stacks"][0]["blocks"][0].update(n_blocks=10**6)),
+        LOADING,
+    ),
+    "rack.json: no stacks": (edited("rack.json", lambda rack: rack.update(stacks=[])), LOADING),
+    "config.yaml: aliases": (put("config.yaml", ALIASES), EVERY),
+    "config.yaml: deep": (put("config.yaml", DEEP), EVERY),
+    "config.yaml: cut": (put("config.yaml", b"run: {seed: 1}\n"), EVERY),
+    "config.yaml: 10^8 stacks": (replaced("config.yaml", "n_stacks: 2\n", "n_stacks: 100000000\n"), EVERY),
+    "config.yaml: 10^9 tokens": (replaced("config.yaml", "seq_len: 16\n", "seq_len: 1000000000\n"), ("train",)),
+    "config.yaml: an escape": (replaced("config.yaml", "  name: null\n", '  name: "\\e]0;stranger\\a"\n'), ()),
+}
 CASES: dict[str, tuple[Change, Iterable[str]]] = {
     "nothing changed": (lambda run, outside: None, ()),
     **{f"link: {place}": (link(place), refusing) for place, refusing in LINKS.items()},
@@ -233,19 +276,8 @@ CASES: dict[str, tuple[Change, Iterable[str]]] = {
     "record: no versions": (progress(lambda p: p.update(versions={})), ()),
     "record: a name with an escape": (progress(lambda p: p["results"][0].update(name=ESCAPE)), ()),
     "meta.json: a phase with an escape": (meta(lambda data: data["meta"].update(phase=ESCAPE)), ()),
-    "phases.json: a name with an escape": (edited("phases.json", lambda phases: phases[0].update(name=ESCAPE)), ()),
-    "phases.json: deep": (put("phases.json", DEEP), ()),
-    "rack.json: deep": (put("rack.json", DEEP), LOADING),
-    "rack.json: a vocabulary of 10^11": (edited("rack.json", lambda rack: rack.update(vocab_size=10**11)), LOADING),
-    "rack.json: 1000000 blocks": (
-        edited("rack.json", lambda rack: rack["stacks"][0]["blocks"][0].update(n_blocks=10**6)),
-        LOADING,
-    ),
-    "rack.json: no stacks": (edited("rack.json", lambda rack: rack.update(stacks=[])), LOADING),
-    "config.yaml: aliases": (put("config.yaml", ALIASES), EVERY),
-    "config.yaml: deep": (put("config.yaml", DEEP), EVERY),
-    "config.yaml: 10^8 stacks": (put("config.yaml", b"model: {architecture: {n_stacks: 100000000}}\n"), LOADING),
-    "config.yaml: an escape": (put("config.yaml", b'run: {name: "\\e]0;stranger\\a"}\n'), LOADING),
+    "config.yaml: a changed seed": (replaced("config.yaml", "  seed: 0\n", "  seed: 1\n"), EVERY),
+    **{name: (fitting(change), refusing) for name, (change, refusing) in DESCRIPTION.items()},
 }
 
 

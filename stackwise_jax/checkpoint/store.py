@@ -110,6 +110,10 @@ class Store:
         """Nested dicts of ShapeDtypeStructs, without reading arrays. Raises RunError as `load_item`."""
         return self._explained(items.read_shapes, name, version)
 
+    def item_bytes(self, name: str, version: int) -> int:
+        """The bytes of its files. Raises RunError as `load_item` where one is missing or a link; reads no arrays."""
+        return sum(self._explained(items.check_complete, name, version).values())
+
     def items(self) -> dict[str, list[int]]:
         """All saved versions by item name, ascending, whether or not a record names them."""
         found: dict[str, list[int]] = {}

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from stackwise_jax.model.regroup import stack_blocks, unstack_blocks
 from stackwise_jax.random_streams import Stream, root_key, stream_key
 
 Tree = Any
+_NO_NAME = re.compile(r"[/\\\ud800-\udfff]")  # what a directory may be called and run.name may not
 MergeBase = Literal["trained", "master"]
 
 
@@ -347,7 +349,9 @@ def _configuration(source: Source, rack: Rack, out: Path) -> StackWiseConfig:
         objective = dataclasses.replace(objective, time="input")
     return dataclasses.replace(
         before,
-        run=dataclasses.replace(before.run, dir=None, name=out.name, init_from=None, init_depth=None, init_stacks=[]),
+        run=dataclasses.replace(
+            before.run, dir=None, name=_NO_NAME.sub("_", out.name), init_from=None, init_depth=None, init_stacks=[]
+        ),
         model=dataclasses.replace(before.model, architecture=architecture),
         objective=objective,
         curriculum=CurriculumConfig(plan="joint"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def check_is_run(run_dir: Path) -> None:
     Raises:
         UsageError: it has no config.yaml, which is written last when a run begins.
     """
-    if not (run_dir / CONFIG).is_file():
+    if not os.path.lexists(run_dir / CONFIG):  # what it is, `check_entries` looks at
         raise UsageError(f"{run_dir} is no run directory (it has no {CONFIG}); name the directory that train printed")
 
 

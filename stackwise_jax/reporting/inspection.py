@@ -177,7 +177,7 @@ def _item(store: Store, name: str, version: int, norms: bool) -> dict[str, Any]:
     item |= _meta(path, store.item_meta(name, version)) | {"name": name, "version": version, "path": str(path)}
     item["bytes"] = sum(leaf["bytes"] for leaf in leaves)
     item["bits_per_value"] = 8 * item["bytes"] / max(item["values"], 1)
-    item["disk_bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    item["disk_bytes"] = store.item_bytes(name, version)
     if norms:
         tree = store.load_item(name, version)
         try:
