@@ -20,6 +20,7 @@ LENGTHS = {
     "exact": [T, 2 * T, T, T],
     "one": [3],
     "one over": [T + 1],
+    "all over": [T + 1, 2 * T + 1, T - 1, 3] * 9,
 }
 
 
@@ -41,8 +42,11 @@ def test_pack_places_each_document_once_whole_or_in_pieces_of_a_row(case):
     arrays = pack(documents, T, pad_id=0)
     assert all(a.dtype == np.int32 and a.shape == arrays[0].shape and a.shape[1] == T for a in arrays)
     found = sorted((s.tolist() for s in segments_of(*arrays)), key=lambda s: s[0])
-    wanted = [d[i : i + T].tolist() for d in documents for i in range(0, len(d), T)]
-    assert found == wanted
+    assert [token for piece in found for token in piece] == np.concatenate(documents).tolist()
+    starts, lasts = {int(d[0]) for d in documents}, {int(d[-1]) for d in documents}
+    for piece in found:
+        assert piece[-1] in lasts or len(piece) == T or (len(piece) == T - 1 and piece[-1] + 2 in lasts)
+        assert len(piece) > 1 or piece[0] in starts  # only a document of one token stands alone
 
 
 def test_pack_fills_rows_and_keeps_the_order_of_the_text():
@@ -77,9 +81,10 @@ def test_chunk_is_the_stream_cut_in_rows(case):
     documents = some_documents(LENGTHS[case])
     tokens_NT, segments_NT, positions_NT = chunk(documents, T, pad_id=7)
     stream = np.concatenate(documents)
-    assert tokens_NT.shape == (-(-len(stream) // T), T)
-    assert tokens_NT.reshape(-1)[: len(stream)].tolist() == stream.tolist()
-    assert (tokens_NT.reshape(-1)[len(stream) :] == 7).all()
-    assert segments_NT.reshape(-1).tolist() == [1] * len(stream) + [0] * (tokens_NT.size - len(stream))
+    assert tokens_NT[segments_NT == 1].tolist() == stream.tolist()
+    assert (tokens_NT[segments_NT == 0] == 7).all() and set(segments_NT.reshape(-1).tolist()) <= {0, 1}
+    assert (np.diff(segments_NT, axis=1) <= 0).all() and (segments_NT[:-1].sum(1) >= T - 1).all()
+    lasts = {int(d[-1]) for d in documents}
+    assert min(LENGTHS[case]) == 1 or not lasts & set(tokens_NT[1:, 0].tolist())
     assert (positions_NT == np.arange(T) * segments_NT).all()
     assert {a.dtype for a in (tokens_NT, segments_NT, positions_NT)} == {np.dtype(np.int32)}

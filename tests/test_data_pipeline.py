@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import threading
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
 from stackwise_jax.config.schema import DataConfig, TokenizerConfig
+from stackwise_jax.curriculum.phase import Noise, Objective
 from stackwise_jax.data import ByteTokenizer, Loader, load_datasets, load_text_dataset, load_tokenizer, training_texts
+from stackwise_jax.data.pipeline import build_dataset
+from stackwise_jax.engine import vocab_of
 from stackwise_jax.errors import UsageError
-from stackwise_jax.objectives.batch import Examples
+from stackwise_jax.objectives import Examples, example_keys, make_batch
 
 T, B = 16, 4
 
@@ -140,6 +145,33 @@ def test_batches_are_examples_of_the_dataset(dataset):
     assert (dataset.tokens_NT >= 0).all()
 
 
+@pytest.mark.parametrize("packing", ["pack", "chunk"])
+@pytest.mark.parametrize("ids", ["apart", "bos is eos"])
+def test_every_document_of_any_length_ends_with_a_target(packing, ids):
+    """From the text to the batch: each end has weight, once, and no other special token has."""
+    tokenizer = ByteTokenizer()
+    if ids == "bos is eos":
+        tokenizer.bos_id = tokenizer.eos_id
+    vocab = vocab_of(tokenizer)
+    everything = Noise(kind="fixed", low=1.0, high=1.0)
+    made = {
+        kind: jax.jit(partial(make_batch, Objective(kind=kind), Noise() if kind == "clm" else everything, vocab=vocab))
+        for kind in ("clm", "mlm", "diffusion")
+    }
+    for length in range(1, 2 * T + 3):
+        data = build_dataset(["x" * length] * 5, DataConfig(seq_len=T, packing=packing), tokenizer)
+        rows = np.arange(16) % len(data)  # one shape for all lengths
+        kept = np.arange(16) < len(data)
+        segments_NT = np.where(kept[:, None], data.segment_ids_NT[rows], 0)
+        examples = Examples(data.tokens_NT[rows], segments_NT, data.positions_NT[rows], rows.astype(np.int32))
+        keys_B = example_keys(jax.random.key(0), examples.example_ids_B, 0)
+        for kind, make in made.items():
+            batch = make(examples=examples, keys_B=keys_B)
+            targets = np.asarray(batch.targets_BT)[np.asarray(batch.weights_BT) > 0]
+            assert (targets == tokenizer.eos_id).sum() == 5, (length, kind)
+            assert set(targets.tolist()) == {tokenizer.eos_id, ord("x") + 4}
+
+
 @pytest.fixture
 def odd(dataset):
     """A dataset whose last sequences fill no batch."""
@@ -153,6 +185,8 @@ def test_an_epoch_is_every_sequence_once(odd):
     ids = np.concatenate([loader.batch(i).example_ids_B for i in range(3 * n // B + 1)])[: 3 * n].reshape(3, n)
     assert all(sorted(epoch) == list(range(n)) for epoch in ids.tolist())
     assert all((loader.batch(i).segment_ids_BT != 0).any(1).all() for i in range(3 * n // B))
+    for i in range(3 * n // B):
+        assert len(set(loader.batch(i).example_ids_B.tolist())) == B  # also where two epochs meet
     batches = [{tuple(sorted(b)) for b in epoch[: n // B * B].reshape(-1, B).tolist()} for epoch in ids]
     assert len(batches[0] & batches[1]) < 3  # they are cut in another way each time
     assert ids[0].tolist() != sorted(ids[0])

@@ -10,10 +10,17 @@ from stackwise_jax.data import ByteTokenizer
 from stackwise_jax.evaluation import held_out_text
 
 
-def test_evaluating_on_the_training_text_is_told(tmp_path, caplog):
-    for name in ("train.txt", "other.txt"):
-        (tmp_path / name).write_text("some text\n\nand more of it")
-    config = tiny("data.source=text", f"data.path={tmp_path / 'train.txt'}")
+def test_evaluating_on_training_text_is_told_wherever_it_lies(tmp_path, caplog):
+    (tmp_path / "text").mkdir()
+    for name, text in (("text/a", "some text\n\nand more"), ("text/b", "other\n\nwords"), ("new", "none\n\nof it")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "copy.txt").write_text("unknown!\n\nand more")
+    config = tiny("data.source=text", f"data.path={tmp_path / 'text'}", f"data.valid_path={tmp_path / 'new.txt'}")
     loaded = SimpleNamespace(config=config, tokenizer=ByteTokenizer())
-    assert len(held_out_text(loaded, tmp_path / "other.txt")) and not caplog.records
-    assert len(held_out_text(loaded, tmp_path / ".." / tmp_path.name / "train.txt")) and "trained on" in caplog.text
+    for name, share in (("text/a.txt", "100 %"), ("copy.txt", "50 %"), ("new.txt", None)):
+        caplog.clear()
+        assert len(held_out_text(loaded, tmp_path / name))
+        assert (share is None and not caplog.records) or (len(caplog.records) == 1 and share in caplog.text)
+    (tmp_path / "text" / "a.txt").unlink()
+    (tmp_path / "text" / "b.txt").unlink()
+    assert len(held_out_text(loaded, tmp_path / "new.txt"))

@@ -1,6 +1,6 @@
 """Cutting documents into sequences of equal length.
 
-Legend: N sequences (rows), T sequence length, P pieces of documents, S tokens of the whole stream.
+Legend: N sequences (rows), T sequence length, D documents, P pieces of documents, S tokens of the whole stream.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import numpy as np
 def pack(documents: list[np.ndarray], seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fill rows with documents, each whole where it fits in one.
 
-    A longer document is cut into pieces of seq_len and a rest; each piece is a segment of its own. Rows are filled by
-    best fit, longest piece first (Johnson 1974), and then sorted by the first piece they hold, so that the order of
-    the text is kept as far as can be.
+    A longer document is cut into pieces of seq_len and a rest; each piece is a segment of its own. The rest has at
+    least two tokens, so that the last token of a document, which says that it ends, has one that it is predicted from.
+    Rows are filled by best fit, longest piece first (Johnson 1974), and then sorted by the first piece they hold, so
+    that the order of the text is kept as far as can be.
 
     Returns:
         tokens_NT, segment_ids_NT (from 1 within a row; 0: padding) and positions_NT (from 0 within a segment), int32.
@@ -21,7 +22,11 @@ def pack(documents: list[np.ndarray], seq_len: int, pad_id: int) -> tuple[np.nda
     doc_lengths = np.array([len(d) for d in documents], np.int64)
     n_pieces = -(-doc_lengths // seq_len)
     lengths_P = np.full(n_pieces.sum(), seq_len, np.int64)
-    lengths_P[np.cumsum(n_pieces) - 1] = doc_lengths - (n_pieces - 1) * seq_len
+    last_D = np.cumsum(n_pieces) - 1
+    lengths_P[last_D] = doc_lengths - (n_pieces - 1) * seq_len
+    alone_D = (n_pieces > 1) & (lengths_P[last_D] == 1)
+    lengths_P[last_D[alone_D]] += 1
+    lengths_P[last_D[alone_D] - 1] -= 1
 
     rows_P = _best_fit(lengths_P, seq_len)
     order_P = np.argsort(rows_P, kind="stable")  # by row, then by place in the text
@@ -45,14 +50,22 @@ def pack(documents: list[np.ndarray], seq_len: int, pad_id: int) -> tuple[np.nda
 def chunk(documents: list[np.ndarray], seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut the stream of all documents every seq_len tokens; each row is one segment. The last row is padded.
 
+    No row begins with the last token of a document, which nothing in the row could predict: the row before it then
+    ends one token earlier.
+
     Returns:
         tokens_NT, segment_ids_NT and positions_NT as `pack` does.
     """
     stream_S = np.concatenate(documents)
-    shape = (-(-len(stream_S) // seq_len), seq_len)
-    tokens_NT, segment_ids_NT = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
-    tokens_NT.reshape(-1)[: len(stream_S)] = stream_S
-    segment_ids_NT.reshape(-1)[: len(stream_S)] = 1
+    ends_S = np.zeros(len(stream_S), bool)
+    ends_S[np.cumsum([len(document) for document in documents]) - 1] = True
+    starts = [0]
+    while starts[-1] + seq_len < len(stream_S):
+        starts.append(starts[-1] + seq_len - int(ends_S[starts[-1] + seq_len]))
+    lengths_N = np.diff([*starts, len(stream_S)])
+    segment_ids_NT = (np.arange(seq_len) < lengths_N[:, None]).astype(np.int32)
+    tokens_NT = np.full(segment_ids_NT.shape, pad_id, np.int32)
+    tokens_NT[segment_ids_NT == 1] = stream_S
     return tokens_NT, segment_ids_NT, np.arange(seq_len, dtype=np.int32) * segment_ids_NT
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +67,7 @@ def load_datasets(cfg: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Dat
             one sequence.
     """
     train_texts, valid_texts = split_documents(cfg, seed)
-    _warn_of_duplicates(train_texts, valid_texts)
+    warn_of_duplicates(train_texts, valid_texts)
     train, valid = build_dataset(train_texts, cfg, tokenizer), build_dataset(valid_texts, cfg, tokenizer)
     n_tokens = int((train.segment_ids_NT > 0).sum())
     if n_tokens < cfg.seq_len:
@@ -79,34 +79,44 @@ def load_datasets(cfg: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Dat
     return train, valid
 
 
-def _warn_of_duplicates(train: list[str], valid: list[str]) -> None:
-    """Held-out text that was trained on measures memory; say how much of it there is."""
+def warn_of_duplicates(train: Iterable[str], valid: Sequence[str]) -> None:
+    """Held-out text that was trained on measures memory; say in one line how much of it there is."""
     known = set(valid).intersection(train)
     if known:
         share = sum(len(text) for text in valid if text in known) / sum(map(len, valid))
         log.warning(
-            "%.3g %% of the held-out text stands in the training text too, document for document, so the held-out loss "
-            "is too low; name another data.valid_path, or remove the duplicates",
+            "%.3g %% of the held-out text stands in the training text too, document for document, so its loss is too "
+            "low; name another text, or remove the duplicates",
             100 * share,
         )
 
 
-def load_text_dataset(path: str | Path, cfg: DataConfig, tokenizer: Tokenizer) -> Dataset:
+def load_text_dataset(path: str | Path, cfg: DataConfig, tokenizer: Tokenizer, *, known: Iterable[str] = ()) -> Dataset:
     """A file or folder of one's own, all of it, cut as `cfg` says; a text of any length that is not empty will do.
+
+    Args:
+        known: documents that a model was trained on; if the text holds some of them, a line says so.
 
     Raises:
         UsageError: there is no such file, or it holds no text.
     """
-    return build_dataset(read_documents(path, cfg, key="data.path"), cfg, tokenizer)
+    texts = read_documents(path, cfg, key="data.path")
+    warn_of_duplicates(known, texts)
+    return build_dataset(texts, cfg, tokenizer)
 
 
 def build_dataset(texts: Iterable[str], cfg: DataConfig, tokenizer: Tokenizer) -> Dataset:
-    """Encode each document between bos and eos, and cut the documents into sequences as `data.packing` says."""
+    """Encode each document between bos and eos, and cut the documents into sequences as `data.packing` says.
+
+    Where bos and eos are the same token, the end of a document is the beginning of the next one in a stream of chunks.
+    """
     bos, eos = (np.array([id_], np.int32) for id_ in (tokenizer.bos_id, tokenizer.eos_id))
     n_bytes, documents = 0, []
+    begun_by_end = cfg.packing == "chunk" and tokenizer.bos_id == tokenizer.eos_id
     for text in texts:
         n_bytes += len(text.encode())
-        documents.append(np.concatenate([bos, tokenizer.encode(text), eos]))
+        first = [] if begun_by_end and documents else [bos]
+        documents.append(np.concatenate([*first, tokenizer.encode(text), eos]))
     cut = pack if cfg.packing == "pack" else chunk
     arrays = cut(documents, cfg.seq_len, tokenizer.pad_id)
     digest = hashlib.sha256(f"{arrays[0].shape} {n_bytes} {tokenizer.fingerprint}".encode())
@@ -120,9 +130,9 @@ class Loader:
 
     An epoch is every sequence once: they are shuffled and cut into batches, whose order is shuffled too; those that
     fill no batch come last. By default each epoch is cut in its own way, and a batch that one epoch leaves open is
-    filled by the next. With `fixed` the batches are made of the same sequences in every epoch and only their order
-    changes, so that what was computed for a batch serves whenever it returns; repeats without weight fill the last
-    one. The first epoch is the same in both.
+    filled by the next, with other sequences where there are enough. With `fixed` the batches are made of the same
+    sequences in every epoch and only their order changes, so that what was computed for a batch serves whenever it
+    returns; repeats without weight fill the last one. The first epoch is the same in both.
 
     Args:
         batch_size: sequences per batch.
@@ -146,13 +156,14 @@ class Loader:
         self.n_batches = -(-n // batch_size)  # of an epoch; the last may be a part of one
         self._cut = lru_cache(maxsize=2)(self._draw_cut)
         self._order = lru_cache(maxsize=2)(self._draw_order)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def batch(self, i: int) -> Examples:
         """Step i of the stream, in numpy arrays of its own."""
         if self.fixed:
             return self.examples(self.batch_id(i))
-        steps = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
-        return self._examples(np.array([self._row(*divmod(step, len(self.dataset))) for step in steps.tolist()]))
+        steps = (divmod(step, len(self.dataset)) for step in range(i * self.batch_size, (i + 1) * self.batch_size))
+        return self._examples(np.array([self._epoch(epoch)[place] for epoch, place in steps]))
 
     def batch_id(self, i: int) -> int:
         """Which of the batches 0..n_batches-1 comes at step i, where they are `fixed`."""
@@ -191,12 +202,26 @@ class Loader:
         n_full = len(self.dataset) // self.batch_size
         return shuffled(n_full, self.seed, 1, epoch) if self.shuffle else np.arange(n_full)
 
-    def _row(self, epoch: int, step: int) -> int:
-        """The sequence that comes at a step of an epoch, counted in sequences."""
-        order, (batch, place) = self._order(epoch), divmod(step, self.batch_size)
-        if batch < len(order):
-            step = order[batch] * self.batch_size + place
-        return int(self._cut(epoch)[step])
+    def _draw(self, epoch: int) -> np.ndarray:
+        """The sequences in the order of an epoch: its full batches, then those that fill none."""
+        cut, order = self._cut(epoch), self._order(epoch)
+        n_full = len(order) * self.batch_size
+        return np.concatenate([cut[:n_full].reshape(-1, self.batch_size)[order].reshape(-1), cut[n_full:]])
+
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        """`_draw`, where those that fill up the batch that the epoch before left open are not in it already.
+
+        They change places with sequences in the middle, so that how an epoch ends depends on that epoch alone.
+        """
+        rows, n_open = self._draw(epoch), epoch * len(self.dataset) % self.batch_size
+        if self.shuffle and n_open:
+            n_filling, n_last = self.batch_size - n_open, self.batch_size
+            there = np.isin(rows, self._draw(epoch - 1)[-n_open:])
+            twice = np.flatnonzero(there[:n_filling])
+            free = n_filling + np.flatnonzero(~there[n_filling:-n_last])[: len(twice)]
+            twice = twice[: len(free)]
+            rows[twice], rows[free] = rows[free], rows[twice]
+        return rows
 
     def _examples(self, rows_B: np.ndarray) -> Examples:
         data = self.dataset

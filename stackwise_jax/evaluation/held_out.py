@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +18,10 @@ import numpy as np
 
 from stackwise_jax.config.schema import ObjectiveKind
 from stackwise_jax.curriculum import AttentionMode, Noise, Objective
-from stackwise_jax.data import Dataset, load_datasets, load_text_dataset
+from stackwise_jax.data import Dataset, load_datasets, load_text_dataset, training_texts
 from stackwise_jax.engine import LoadedRun, TaskSpec, held_out_batches, held_out_sums, quotients, vocab_of
 from stackwise_jax.engine.directory import check_unchanged
 from stackwise_jax.errors import UsageError
-
-log = logging.getLogger(__name__)
 
 
 def held_out_text(loaded: LoadedRun, path: str | Path | None = None) -> Dataset:
@@ -39,10 +36,18 @@ def held_out_text(loaded: LoadedRun, path: str | Path | None = None) -> Dataset:
         found = {"held_out": dataset.fingerprint, "tokenizer": loaded.tokenizer.fingerprint}
         check_unchanged(loaded.run_dir, loaded.progress, found)
         return dataset
-    if data.path is not None and Path(path).resolve() == Path(data.path).resolve():
-        log.warning("%s is the text that this run was trained on; its loss measures memory", path)
     source = "jsonl" if str(path).endswith(".jsonl") else "text"
-    return load_text_dataset(path, dataclasses.replace(data, source=source), loaded.tokenizer)
+    known = _training_texts(loaded)
+    return load_text_dataset(path, dataclasses.replace(data, source=source), loaded.tokenizer, known=known)
+
+
+def _training_texts(loaded: LoadedRun) -> Iterable[str]:
+    """The text that a run was trained on, where it was somebody's own and is still there."""
+    data = loaded.config.data
+    try:
+        return training_texts(data, loaded.config.run.seed) if data.source in ("text", "jsonl") else ()
+    except UsageError:
+        return ()
 
 
 def evaluate_run(

@@ -56,7 +56,10 @@ def make_batch(objective: Objective, noise: Noise, examples: Examples, keys_B: j
     keys_B: from `example_keys`; not used by clm.
     """
     tokens_BT, segment_ids_BT = jnp.asarray(examples.tokens_BT), jnp.asarray(examples.segment_ids_BT)
-    real_BT = (segment_ids_BT != 0) & jnp.asarray(vocab.is_target)[tokens_BT]
+    positions_BT = jnp.asarray(examples.positions_BT)
+    # A tokenizer may begin documents with the token that ends them; at the beginning it is no target.
+    begins_BT = (tokens_BT == vocab.eos_id) & (positions_BT == 0)
+    real_BT = (segment_ids_BT != 0) & jnp.asarray(vocab.is_target)[tokens_BT] & ~begins_BT
     if objective.kind == "clm":
         inputs_BT = tokens_BT
         targets_BT, weights_BT = _next_tokens(tokens_BT, segment_ids_BT, real_BT, vocab)
@@ -68,7 +71,6 @@ def make_batch(objective: Objective, noise: Noise, examples: Examples, keys_B: j
         )
         targets_BT = tokens_BT
         counts_BT = real_BT.astype(jnp.float32) if noise.kind == "elbo" else weights_BT
-    positions_BT = jnp.asarray(examples.positions_BT)
     return Batch(inputs_BT, targets_BT, weights_BT, counts_BT, positions_BT, segment_ids_BT, hidden_B)
 
 

@@ -67,5 +67,7 @@ def masked_row(prompt_ids: Sequence[int] | np.ndarray, length: int, vocab: Vocab
     tokens_T[n_prompt:n_real] = vocab.mask_id
     real_T = np.arange(len(tokens_T)) < n_real
     masked_T = real_T & (np.arange(len(tokens_T)) >= n_prompt)
-    n_hideable = int(vocab.is_target[tokens_T[:n_prompt]].sum()) + length
+    is_target = vocab.is_target[tokens_T[:n_prompt]]
+    is_target[0] &= tokens_T[0] != vocab.eos_id  # there it is a BOS
+    n_hideable = int(is_target.sum()) + length
     return MaskedRow(tokens_T, masked_T, real_T.astype(np.int32)[None], n_prompt, n_real, n_hideable)
