@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from stackwise_jax.config import CommandParser, path, whole_number, whole_numbers
@@ -78,7 +77,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         fmt=args.format,
     )
     adapters = Source(args.adapters) if args.adapters else None
-    answer = convert_run(Source(args.run, depth=args.depth), Path(args.out), changes, adapters, args.seed or 0)
+    answer = convert_run(Source(args.run, depth=args.depth), args.out, changes, adapters, args.seed or 0)
     blocks = " + ".join(map(str, answer["stacks"]))
     kinds, adapters = ", ".join(answer["formats"]), len(answer["adapters"])
     say(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks in {kinds}, {adapters} adapters")

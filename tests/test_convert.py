@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tiny import same_bits, saved, tiny, train
 
 from stackwise_jax import convert, evaluate, generate, inspect
 from stackwise_jax.engine import load_rack, prepare
-from stackwise_jax.engine.building import MARK
+from stackwise_jax.engine.building import MARK, building, temporary
 from stackwise_jax.engine.convert import Changes, convert_run
 from stackwise_jax.engine.source import Source
 from stackwise_jax.engine.weights import EMBED, Weights, stack_item
@@ -195,7 +197,7 @@ def test_what_breaks_on_the_way_leaves_nothing_and_can_be_repeated(error, run_di
 
 
 def test_what_a_kill_left_is_replaced_and_nothing_else(run_dir, tmp_path, capsys):
-    left = tmp_path / f".out{MARK}"
+    left = temporary(tmp_path / "out")
     left.mkdir()
     (left / "thesis.tex").write_text("chapter 1")
     assert run(run_dir, tmp_path / "out", "--merge_adapters") == 2
@@ -206,6 +208,53 @@ def test_what_a_kill_left_is_replaced_and_nothing_else(run_dir, tmp_path, capsys
     assert run(run_dir, tmp_path / "out", "--merge_adapters") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert Source(tmp_path / "out").progress.digests.keys() >= {"rack.json", "config.yaml", "phases.json"}
+
+
+BESIDE = "import sys; from stackwise_jax.engine.building import building\nwith building(sys.argv[1]): pass"
+
+
+def test_a_second_call_beside_the_first_is_refused_and_removes_nothing(tmp_path):
+    with building(tmp_path / "out") as path:
+        (path / "work").write_text("of hours")
+        done = subprocess.run([sys.executable, "-c", BESIDE, tmp_path / "out"], capture_output=True, text=True)
+        assert "RunError: another run is writing" in done.stderr and "another OUT" in done.stderr
+        assert (path / "work").read_text() == "of hours"
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "work"]
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(RunError, match="not empty"), building(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").touch()
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "thesis.tex"]
+
+
+@pytest.mark.parametrize("length", [245, 255])
+def test_any_name_that_a_directory_can_have_can_be_written(length, tmp_path):
+    with building(tmp_path / ("x" * length)):
+        pass
+    assert [len(entry.name) for entry in tmp_path.iterdir()] == [length]
+
+
+def test_a_name_that_no_directory_can_have_is_refused_first(run_dir, tmp_path, capsys):
+    assert run(run_dir, tmp_path / "new" / ("x" * 256), "--merge_adapters") == 2
+    assert "longer than 255 bytes" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_directories_above_that_were_made_are_removed_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    for above in ("there", "there/new/newer", "gone/.."):
+        with pytest.raises(KeyboardInterrupt), building(f"{tmp_path}/{above}/out") as path:
+            (path / "work").mkdir()
+            raise KeyboardInterrupt
+        assert [entry.name for entry in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.mark.parametrize("end", ["gone/..", "gone/.", "..", "."])
+def test_an_out_that_ends_in_no_name_is_refused(end, run_dir, tmp_path, capsys):
+    assert run(run_dir, f"{tmp_path}/{end}", "--merge_adapters") == 2
+    assert "does not end in the name of a directory" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(run_dir, tmp_path, capsys):

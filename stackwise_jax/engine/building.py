@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,50 +11,99 @@ from pathlib import Path
 
 from stackwise_jax import files
 from stackwise_jax.checkpoint import Store, writing
-from stackwise_jax.engine.entries import CHECKPOINTS, check_entries
-from stackwise_jax.errors import UsageError
+from stackwise_jax.checkpoint.locks import NAME as LOCK
+from stackwise_jax.checkpoint.locks import WriteLock
+from stackwise_jax.engine.entries import CHECKPOINTS
+from stackwise_jax.errors import RunError, UsageError
 
 MARK = ".converting"  # a file in a directory that is being built, by which a leftover is known as one
 
 
-@contextlib.contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """Gives the path of a new directory to write into, which becomes `out` at the end.
-
-    After an error or Ctrl-C it is removed. What a kill left is replaced by the next call; nothing else ever is.
+def check_out(out: Path | str) -> Path:
+    """The absolute path of a run directory that can be made, without links on the way to it.
 
     Raises:
-        UsageError: something that was not made here has the name of the directory.
+        UsageError: the path ends in no name or is too long, or something has that name.
+    """
+    above, name = os.path.split(os.fspath(out).rstrip(os.sep))
+    if name in ("", ".", ".."):
+        raise UsageError(f"{out} does not end in the name of a directory; name one that does not exist")
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists; name a directory that does not")
+    path = Path(os.path.realpath(above), name)
+    Store(path / CHECKPOINTS)  # refuses a path that is too long
+    return path
+
+
+def temporary(out: Path) -> Path:
+    """Where `out` is written; the name is short however long that of `out` is."""
+    return out.with_name(f"{MARK}-{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]}")
+
+
+@contextlib.contextmanager
+def building(out: Path | str) -> Iterator[Path]:
+    """Gives the path of a new directory to write into, which becomes `out` at the end.
+
+    After an error or Ctrl-C it is removed, as are the directories that were made above it. What a kill left is replaced
+    by the next call; nothing else ever is.
+
+    Raises:
+        UsageError: as `check_out`, or something that was not made here has the name of the directory.
         RunError: it cannot be written, or another process is writing it.
     """
-    path = out.with_name(f".{out.name}{MARK}")
-    _clear(path)
-    with writing(path):
-        path.mkdir(parents=True)
+    out = check_out(out)
+    path = temporary(out)
+    _check_ours(path)
+    lock = _lock(path)
     try:
+        check_out(out)  # whoever had the lock before may have made it
         with writing(path):
-            files.write_atomically(path / MARK, "removed when the directory is complete\n")
+            (path / MARK).touch()
+            _clear(path)
         yield path
         with writing(out):
+            lock.check()
             files.sync(path)
             os.rename(path, out)
-            (out / MARK).unlink()
+            for name in (MARK, LOCK):
+                (out / name).unlink()
             files.sync(out.parent)
     except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError, RunError):
+            lock.check()
+            _clear(path)
+            (path / MARK).unlink(missing_ok=True)
         raise
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            path.rmdir()  # it is empty, or there no longer
+
+
+def _check_ours(path: Path) -> None:
+    """Refuse a directory that no call left here: it has neither the mark nor, before that, the lock alone."""
+    if not os.path.lexists(path):
+        return
+    with writing(path):
+        ours = not path.is_symlink() and path.is_dir()
+        ours = ours and ((path / MARK).is_file() or set(os.listdir(path)) <= {LOCK})
+    if not ours:
+        raise UsageError(f"{path} is in the way and was not left by an earlier call; move it or name another directory")
+
+
+def _lock(path: Path) -> WriteLock:
+    """The right to write the directory, which is made."""
+    try:
+        with writing(path):
+            return WriteLock(path)
+    except RunError as error:
+        raise RunError(str(error).replace("run.dir", "OUT")) from error
 
 
 def _clear(path: Path) -> None:
-    """Remove what a killed call left at `path`."""
-    if not os.path.lexists(path):
-        return
-    ours = not path.is_symlink() and path.is_dir() and ((path / MARK).is_file() or not any(path.iterdir()))
-    if not ours:
-        raise UsageError(f"{path} is in the way and was not left by an earlier call; move it or name another directory")
-    check_entries(path)  # the lock is a file in it
-    store = Store(path / CHECKPOINTS)
-    store.lock()  # its process may be alive
-    store.close()
-    with writing(path):
-        shutil.rmtree(path)
+    """Remove what is in the directory, except the lock and the mark."""
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name not in (LOCK, MARK):
+            entry.unlink()

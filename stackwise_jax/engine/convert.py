@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from stackwise_jax.checkpoint import Progress, Store, writing
 from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.config.schema import CurriculumConfig, Format, StackInit
 from stackwise_jax.curriculum import Plan, StackAdapter, make_plan
-from stackwise_jax.engine.building import building
+from stackwise_jax.engine.building import building, check_out
 from stackwise_jax.engine.description import write_description
 from stackwise_jax.engine.entries import CHECKPOINTS, METRICS, TOKENIZER, digests
 from stackwise_jax.engine.shape import rack_shape
@@ -82,7 +81,7 @@ About = tuple[Slot, list[StackAdapter]]
 
 
 def convert_run(
-    source: Source, out: Path, changes: Changes, adapters: Source | None = None, seed: int = 0
+    source: Source, out: Path | str, changes: Changes, adapters: Source | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Write the changed rack as a run directory that all commands read.
 
@@ -98,11 +97,12 @@ def convert_run(
         the weights that adapters were merged into}.
 
     Raises:
-        UsageError: `out` exists, a stack does not exist, or the changes do not fit together.
+        UsageError: `out` exists or cannot be made, a stack does not exist, or the changes do not fit together.
         RunError: a checkpoint is damaged, or the disk is full; nothing is left of `out`.
     """
-    _check_ends(source, out)
-    owner = adapters or source
+    check_out(out)
+    _check_single(source)
+    owner, out = adapters or source, Path(out)
     slots = _slots(source, owner, changes)
     stacks = [source.rack.stacks[slot.source] for slot in slots]
     stacks = tuple(stack.clone(stack_id=i, parent=None) for i, stack in enumerate(stacks))
@@ -162,9 +162,7 @@ def _save_items(
     return stored, used
 
 
-def _check_ends(source: Source, out: Path) -> None:
-    if os.path.lexists(out):
-        raise UsageError(f"{out} exists; name a directory that does not")
+def _check_single(source: Source) -> None:
     if len(source.experts) > 1:
         raise UsageError(
             f"{source.run_dir} holds {len(source.experts)} denoisers that were trained apart; convert takes one model"
