@@ -13,7 +13,7 @@ from stackwise_jax import files
 from stackwise_jax.checkpoint import Store, writing
 from stackwise_jax.checkpoint.locks import NAME as LOCK
 from stackwise_jax.checkpoint.locks import WriteLock
-from stackwise_jax.engine.entries import CHECKPOINTS
+from stackwise_jax.engine.entries import CHECKPOINTS, CONFIG, RACK
 from stackwise_jax.errors import RunError, UsageError
 
 MARK = ".converting"  # a file in a directory that is being built, by which a leftover is known as one
@@ -23,7 +23,7 @@ def check_out(out: Path | str) -> Path:
     """The absolute path of a run directory that can be made, without links on the way to it.
 
     Raises:
-        UsageError: the path ends in no name or is too long, or something has that name.
+        UsageError: the path ends in no name, is too long or lies in a run or a store, or something has that name.
     """
     above, name = os.path.split(os.fspath(out).rstrip(os.sep))
     if name in ("", ".", ".."):
@@ -32,7 +32,14 @@ def check_out(out: Path | str) -> Path:
         raise UsageError(f"{out} exists; name a directory that does not")
     path = Path(os.path.realpath(above), name)
     Store(path / CHECKPOINTS)  # refuses a path that is too long
+    if run := next(filter(_is_run, path.parents), None):
+        raise UsageError(f"{out} lies in the run {run}, which removes what is not its own; name a directory outside it")
     return path
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a directory is a run, or a store of checkpoints."""
+    return all(os.path.isfile(path / name) for name in (CONFIG, RACK)) or bool(Store(path).records())
 
 
 def temporary(out: Path) -> Path:
