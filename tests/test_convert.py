@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -12,15 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import same_bits, saved, tiny, train
+from tiny import same_bits, saved, summary, tiny, train
 
 from stackwise_jax import convert, evaluate, generate, inspect
+from stackwise_jax import train as command
 from stackwise_jax.engine import load_rack, prepare
 from stackwise_jax.engine.building import MARK, building, temporary
 from stackwise_jax.engine.convert import Changes, convert_run
 from stackwise_jax.engine.source import Source
 from stackwise_jax.engine.weights import EMBED, Weights, stack_item
-from stackwise_jax.errors import RunError
+from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.evaluation import evaluate_run, held_out_text
 from stackwise_jax.model import split_blocks
 
@@ -85,6 +87,9 @@ def test_stacks_are_removed_and_inserted(run_dir, tmp_path):
     assert [len(stack.blocks) for stack in load_rack(tmp_path / "more").rack.stacks] == [2] * 5
     np.testing.assert_allclose(logits(tmp_path / "more"), logits(run_dir), atol=1e-6)  # identities
 
+    assert run(run_dir, tmp_path / "twice", "--insert", "3,3") == 0  # a place may be given again
+    assert len(load_rack(tmp_path / "twice").rack.stacks) == 5
+
     assert run(run_dir, tmp_path / "copy", "--insert", "1", "--init", "copy") == 0
     copied = saved(tmp_path / "copy")
     assert same_bits(copied[stack_item(1)], before[stack_item(0)])
@@ -102,6 +107,16 @@ def test_the_new_run_is_read_by_every_command_and_train_starts_from_it(run_dir, 
     assert "error" not in capsys.readouterr().err
 
 
+def test_a_converted_run_is_finished_and_train_says_so(run_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(run_dir, out, "--merge_adapters") == 0
+    assert command.main(["--config", str(out / "config.yaml"), "--run.dir", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "is finished" in said.out and "Summary" in said.out and "error" not in said.err
+    assert summary(out)["held_out_loss"] is None and summary(out)["bits_per_byte"] is None
+    assert summary(out)["tokens"] == 0 and summary(out)["phases"][0]["held_out_loss"] is None
+
+
 def test_the_source_stays_as_it_is(run_dir, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     assert run(run_dir, tmp_path / "out", "--merge_adapters") == 0
@@ -117,6 +132,7 @@ def test_the_source_stays_as_it_is(run_dir, tmp_path):
         ([], ["nothing to do", "--merge_adapters"]),
         (["--remove", "7"], ["--remove", "7", "[0, 1, 2]"]),
         (["--remove", "0,1,2"], ["leaves no stack"]),
+        (["--remove", "0,2,2"], ["--remove", "stack 2", "once"]),
         (["--insert", "9"], ["--insert 9", "0 to 3"]),
         (["--sizes", "5,5"], ["6 blocks"]),
         (["--sizes", "6"], ["adapters differ", "--merge_adapters"]),
@@ -248,6 +264,25 @@ def test_directories_above_that_were_made_are_removed_again(tmp_path):
             (path / "work").mkdir()
             raise KeyboardInterrupt
         assert [entry.name for entry in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.mark.parametrize("inside", ["checkpoints/x", "cache/new/z", "tokenizer/t", "x"])
+def test_an_out_in_a_run_is_refused(inside, run_dir, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(run_dir)
+    for run_there in (run_dir, tmp_path / "link"):
+        assert run(run_dir, run_there / inside, "--merge_adapters") == 2
+        assert f"lies in the run {run_dir}" in capsys.readouterr().err
+    assert not (run_dir / inside).exists()
+
+
+def test_an_out_in_a_store_is_refused(run_dir, tmp_path):
+    shutil.copytree(run_dir / "checkpoints" / "progress", tmp_path / "store" / "progress")
+    for inside in ("x", "stacks/x", "progress/x"):
+        with pytest.raises(UsageError, match="lies in the run"), building(tmp_path / "store" / inside):
+            pass
+    (tmp_path / "notes" / "progress").mkdir(parents=True)  # a folder of that name is no store
+    with building(tmp_path / "notes" / "progress" / "out"):
+        pass
 
 
 @pytest.mark.parametrize("end", ["gone/..", "gone/.", "..", "."])

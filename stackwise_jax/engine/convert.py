@@ -173,6 +173,9 @@ def _slots(source: Source, owner: Source, changes: Changes) -> list[Slot]:
     path = list(source.path)
     if unknown := sorted(set(changes.remove) - set(path)):
         raise UsageError(f"--remove names the stacks {unknown}; {source.run_dir} has {path}")
+    if len(set(changes.remove)) < len(changes.remove):
+        twice = next(stack for stack in changes.remove if changes.remove.count(stack) > 1)
+        raise UsageError(f"--remove names stack {twice} more than once; name each stack once")
     slots = []
     for i in path:
         fmt = changes.fmt or source.saved_format(stack_item(i))
