@@ -152,15 +152,18 @@ def test_mistakes_are_told_in_one_sentence_and_leave_nothing(run_dir, argv, word
 # The weights that adapters are merged into.
 
 
+def adapted(path: Path, frozen: str, finished: str) -> Path:
+    """A run whose adapters met weights in a frozen format."""
+    phases = "[{train: [0, 1], train_embed: true}, {adapt: [0, 1], train_head: false}]"
+    how = [f"curriculum.frozen={frozen}", f"memory.finished={finished}", "optimizer.lr=0.1"]
+    train(tiny("curriculum.plan=custom", f"curriculum.phases={phases}", *how), path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def qlora(tmp_path_factory) -> Path:
     """A run whose adapters met weights in nf4 only, while the full-precision copies were kept."""
-    path = tmp_path_factory.mktemp("qlora") / "run"
-    phases = "[{train: [0, 1], train_embed: true}, {adapt: [0, 1], train_head: false}]"
-    train(
-        tiny("curriculum.plan=custom", f"curriculum.phases={phases}", "curriculum.frozen=nf4", "optimizer.lr=0.1"), path
-    )
-    return path
+    return adapted(tmp_path_factory.mktemp("qlora") / "run", "nf4", "master")
 
 
 def loss(path: Path) -> float:
@@ -171,13 +174,32 @@ def loss(path: Path) -> float:
 def test_adapters_are_merged_into_the_weights_that_they_met(qlora, tmp_path, capsys):
     assert run(qlora, tmp_path / "trained", "--merge_adapters", "--json") == 0
     out = capsys.readouterr().out
-    assert json.loads(out.splitlines()[-1])["merged_into"] == ["nf4"] and "as they were trained, in nf4" in out
+    assert json.loads(out.splitlines()[-1])["merged_into"] == ["nf4"] and "as the adapters met them, in nf4" in out
     assert loss(tmp_path / "trained") == pytest.approx(loss(qlora), abs=1e-5)
 
     assert run(qlora, tmp_path / "master", "--merge_adapters", "--merge_base", "master", "--json") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["merged_into"] == ["fp32"]
     assert abs(loss(tmp_path / "master") - loss(qlora)) > 1e-4
     assert run(qlora, tmp_path / "no", "--sizes", "2", "--merge_base", "master") == 2
+
+
+@pytest.mark.parametrize(("frozen", "finished"), [("int8", "master"), ("int8", "frozen"), ("nf4", "frozen")])
+def test_a_merged_run_has_the_loss_of_the_adapted_one_however_stacks_are_kept(frozen, finished, tmp_path, capsys):
+    source = adapted(tmp_path / "run", frozen, finished)
+    assert run(source, tmp_path / "out", "--merge_adapters", "--json") == 0
+    said = capsys.readouterr().out
+    answer = json.loads(said.splitlines()[-1])
+    assert answer["formats"] == answer["sums"] == ["fp32"] and not answer["rounded"]
+    assert f"in {frozen}; the sums are stored in fp32\n" in said
+    assert loss(tmp_path / "out") == pytest.approx(loss(source), abs=1e-5)
+    if finished == "master":
+        return
+    assert run(source, tmp_path / "few", "--merge_adapters", "--format", frozen) == 0
+    assert f"the sums are stored in {frozen}, rounded to it" in capsys.readouterr().out
+    assert abs(loss(tmp_path / "few") - loss(source)) > 1e-5
+    assert run(source, tmp_path / "no", "--merge_adapters", "--merge_base", "master") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"keeps stack 0 in {frozen} only" in said and not (tmp_path / "no").exists()
 
 
 def test_a_run_that_starts_from_another_merges_adapters_in_the_same_way(qlora, tmp_path):
