@@ -208,8 +208,8 @@ def _check_base(source: Source, merged: Sequence[Slot], changes: Changes) -> Non
     for slot in merged:
         if (saved := source.saved_format(stack_item(slot.source))) != source.rack.param_dtype:
             raise UsageError(
-                f"--merge_base master: {source.run_dir} keeps stack {slot.source} in {saved} only; leave --merge_base out "
-                "to merge into that"
+                f"--merge_base master: {source.run_dir} keeps stack {slot.source} in {saved} only; leave --merge_base "
+                "out to merge into that"
             )
 
 
