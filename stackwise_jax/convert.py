@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from stackwise_jax.config import CommandParser, path, whole_number, whole_numbers
@@ -34,7 +33,7 @@ def build_parser() -> CommandParser:
         "--merge_base",
         choices=("trained", "master"),
         help="into which: trained, as the adapters met them (dequantized where they were kept in few bits), or master, "
-        "as they are stored; not given: trained",
+        "their full-precision copy, where the run kept one; not given: trained",
     )
     parser.add_argument("--adapters", metavar="RUN", type=path, help="take the adapters of this run instead")
     parser.add_argument(
@@ -49,7 +48,11 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--sizes", type=whole_numbers(1, BLOCKS), metavar="N,N", default=(), help="blocks per stack in the end"
     )
-    parser.add_argument("--format", choices=get_args(Format), help="of the stacks; not given: as they are stored")
+    parser.add_argument(
+        "--format",
+        choices=get_args(Format),
+        help="of the stacks; not given: as they are stored, after merging in full precision",
+    )
     add_common(parser)
     return parser
 
@@ -78,13 +81,15 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         fmt=args.format,
     )
     adapters = Source(args.adapters) if args.adapters else None
-    answer = convert_run(Source(args.run, depth=args.depth), Path(args.out), changes, adapters, args.seed or 0)
+    answer = convert_run(Source(args.run, depth=args.depth), args.out, changes, adapters, args.seed or 0)
     blocks = " + ".join(map(str, answer["stacks"]))
     kinds, adapters = ", ".join(answer["formats"]), len(answer["adapters"])
     say(f"{answer['run']}: {len(answer['stacks'])} stacks of {blocks} blocks in {kinds}, {adapters} adapters")
     if answer["merged_into"]:
-        base = "as they were trained" if changes.base == "trained" else "as they are stored"
-        say(f"adapters were merged into the weights {base}, in {', '.join(answer['merged_into'])}")
+        base = "as the adapters met them" if changes.base == "trained" else "of full precision"
+        into, sums = ", ".join(answer["merged_into"]), ", ".join(answer["sums"])
+        rounded = ", rounded to it" if answer["rounded"] else ""
+        say(f"adapters were merged into the weights {base}, in {into}; the sums are stored in {sums}{rounded}")
     return answer
 
 

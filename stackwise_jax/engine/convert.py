@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from stackwise_jax.checkpoint import Progress, Store, writing
 from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.config.schema import CurriculumConfig, Format, StackInit
 from stackwise_jax.curriculum import Plan, StackAdapter, make_plan
-from stackwise_jax.engine.building import building
+from stackwise_jax.engine.building import building, check_out
 from stackwise_jax.engine.description import write_description
 from stackwise_jax.engine.entries import CHECKPOINTS, METRICS, TOKENIZER, digests
 from stackwise_jax.engine.shape import rack_shape
@@ -55,7 +53,8 @@ class Changes:
     number of stacks: behind the last); it has the shape of the stack before it, or of the first. init: how new stacks
     begin. sizes: blocks per stack in the end; empty: as they are. merge: adapters go into the weights; base: in the
     format in which the adapters met them in training, or their full-precision copy (where it was kept). fmt: how stacks
-    are stored, embedding and head in its dense_format; None: as they were, new ones in full precision.
+    are stored, embedding and head in its dense_format; None: as they were, but new ones and those that adapters were
+    merged into in full precision: in fewer bits the sum would not compute what was trained.
     """
 
     remove: tuple[int, ...] = ()
@@ -84,7 +83,7 @@ About = tuple[Slot, list[StackAdapter]]
 
 
 def convert_run(
-    source: Source, out: Path, changes: Changes, adapters: Source | None = None, seed: int = 0
+    source: Source, out: Path | str, changes: Changes, adapters: Source | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Write the changed rack as a run directory that all commands read.
 
@@ -97,16 +96,19 @@ def convert_run(
 
     Returns:
         {"run", "stacks": blocks per stack, "formats": of the stacks, "adapters": items, "merged_into": the formats of
-        the weights that adapters were merged into}.
+        the weights that adapters were merged into, "sums": the formats in which the sums are stored, "rounded": whether
+        those are less than full precision}.
 
     Raises:
-        UsageError: `out` exists, a stack does not exist, or the changes do not fit together.
+        UsageError: `out` exists or cannot be made, a stack does not exist, or the changes do not fit together.
         RunError: a checkpoint is damaged, or the disk is full; nothing is left of `out`.
     """
-    out = Path(os.path.abspath(out))  # .. would need the folder before it to exist
-    _check_ends(source, out)
-    owner = adapters or source
+    check_out(out)
+    _check_single(source)
+    owner, out = adapters or source, Path(out)
     slots = _slots(source, owner, changes)
+    merged = [slot for slot in slots if changes.merge and _on_slot(owner, slot, changes)]
+    _check_base(source, merged, changes)
     stacks = [source.rack.stacks[slot.source] for slot in slots]
     stacks = tuple(stack.clone(stack_id=i, parent=None) for i, stack in enumerate(stacks))
     rack = source.rack.clone(stacks=stacks, parent=None)
@@ -123,13 +125,14 @@ def convert_run(
     with building(out) as path, contextlib.closing(Store(path / CHECKPOINTS)) as store:
         stored, used = _save_items(source, store, changes, trees)
         _finish(source, path, rack, store, used, config, plan)
-    merged = [slot for slot in slots if changes.merge and _on_slot(owner, slot, changes)]
     return {
         "run": str(out),
         "stacks": [len(stack.blocks) for stack in rack.stacks],
         "formats": sorted({fmt for item, fmt in stored.items() if item.startswith("stacks/")}),
         "adapters": [item for item in stored if item.startswith("adapters/")],
         "merged_into": sorted({_base(source, owner, slot, changes) for slot in merged}),
+        "sums": sorted({slot.fmt for slot in merged}),
+        "rounded": any(slot.fmt not in ("fp32", source.rack.param_dtype) for slot in merged),
     }
 
 
@@ -165,9 +168,7 @@ def _save_items(
     return stored, used
 
 
-def _check_ends(source: Source, out: Path) -> None:
-    if os.path.lexists(out):
-        raise UsageError(f"{out} exists; name a directory that does not")
+def _check_single(source: Source) -> None:
     if len(source.experts) > 1:
         raise UsageError(
             f"{source.run_dir} holds {len(source.experts)} denoisers that were trained apart; convert takes one model"
@@ -178,13 +179,14 @@ def _slots(source: Source, owner: Source, changes: Changes) -> list[Slot]:
     path = list(source.path)
     if unknown := sorted(set(changes.remove) - set(path)):
         raise UsageError(f"--remove names the stacks {unknown}; {source.run_dir} has {path}")
-    if twice := sorted({stack for stack in changes.remove if changes.remove.count(stack) > 1}):
-        raise UsageError(f"--remove names the stacks {twice} twice; they are counted as in {source.run_dir}, {path}")
+    if len(set(changes.remove)) < len(changes.remove):
+        twice = next(stack for stack in changes.remove if changes.remove.count(stack) > 1)
+        raise UsageError(f"--remove names stack {twice} more than once; name each stack once")
     slots = []
     for i in path:
-        fmt = changes.fmt or source.saved_format(stack_item(i))
-        # Adapters that were merged would be lost again in fewer bits; what is stored in a format is used in it.
-        used = fmt if changes.fmt or (changes.merge and owner.adapters_of(i)) else source.base_format(i)
+        merged = changes.merge and owner.adapters_of(i)
+        fmt = changes.fmt or (source.rack.param_dtype if merged else source.saved_format(stack_item(i)))
+        used = fmt if changes.fmt or merged else source.base_format(i)
         slots += [] if i in changes.remove else [Slot(i, fmt, used)]
     if not slots:
         raise UsageError("--remove leaves no stack; keep at least one")
@@ -198,6 +200,18 @@ def _slots(source: Source, owner: Source, changes: Changes) -> list[Slot]:
             fmt = changes.fmt or source.rack.param_dtype
             slots.insert(place, Slot(beside.source, fmt, fmt, new=True))
     return slots
+
+
+def _check_base(source: Source, merged: Sequence[Slot], changes: Changes) -> None:
+    """Refuse to merge into full-precision copies that were not kept."""
+    if changes.base == "trained":
+        return
+    for slot in merged:
+        if (saved := source.saved_format(stack_item(slot.source))) != source.rack.param_dtype:
+            raise UsageError(
+                f"--merge_base master: {source.run_dir} keeps stack {slot.source} in {saved} only; leave --merge_base "
+                "out to merge into that"
+            )
 
 
 def _check_adapters(source: Source, adapters: Source) -> None:

@@ -154,21 +154,21 @@ class Run:
             "plan": self.config.curriculum.title,
             "phases": [{k: v for k, v in r.items() if k not in ("versions", "formats")} for r in self.recorder.results],
             **self._quality(),
-            "tokens": sum(r["tokens"] for r in self.recorder.results),
-            "flops": sum(r["flops"] for r in self.recorder.results),
-            "seconds": sum(r["seconds"] for r in self.recorder.results),
+            # None: not measured
+            **{name: sum(r[name] or 0 for r in self.recorder.results) for name in ("tokens", "flops", "seconds")},
         }
         if self.first:
             text = json.dumps(plain(summary), indent=2) + "\n"
             entries.write(self.setup.run_dir / entries.SUMMARY, text)
         return summary
 
-    def _quality(self) -> dict[str, float]:
-        """Held-out loss at the end; of denoisers with intervals of their own the sum of their partial bounds."""
+    def _quality(self) -> dict[str, float | None]:
+        """Held-out loss at the end, None: not measured; of denoisers of intervals the sum of their partial bounds."""
         apart, results = trained_apart(self.phases), self.recorder.results
         partial = len(apart) > 1 and all(self.phases[i].noise.kind == "elbo" for i in apart)
         ends = [result for result in results if result["index"] in apart] if partial else results[-1:]
-        return {name: sum(end[name] for end in ends) for name in ("held_out_loss", "bits_per_byte")}
+        figures = {name: [end[name] for end in ends] for name in ("held_out_loss", "bits_per_byte")}
+        return {name: None if None in found else sum(found) for name, found in figures.items()}
 
     # One phase.
 
