@@ -306,6 +306,16 @@ def test_bf16_rack_has_float32_logits_near_those_of_fp32():
         assert {x.dtype for x in jax.tree.leaves(model.init_cache(short, 2, T, dtype))} == {jnp.dtype(expected)}
 
 
+def test_blocks_of_neighbouring_stacks_drop_by_their_place_among_all():
+    rack, x_BTD, key = make_rack(dropout=0.3), make_input(), jax.random.key(4)
+    params = rack.init_params(jax.random.key(0))["stacks"]
+    trees = [params[model.stack_name(i)] for i in range(3)]
+    found_BTD = model.run_stacks(rack.stacks, trees, x_BTD, dropout_key=key)
+    for i, (stack, tree) in enumerate(zip(rack.stacks, trees, strict=True)):
+        x_BTD = stack.apply({"params": tree}, x_BTD, dropout_key=key, first_block=2 * i)
+    np.testing.assert_array_equal(found_BTD, x_BTD)
+
+
 def test_racks_are_static_arguments_equal_by_value():
     traces = []
 

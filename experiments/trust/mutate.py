@@ -69,7 +69,7 @@ class Tests:
         """Test files named after the module, of its folder, importing it, then those that import what imports it."""
         name = module.removeprefix(f"{PACKAGE}.")
         folder, last = name.split(".")[0], name.split(".")[-1]
-        users = {user for user, names in self._package.items() if module in names}
+        users = self._users(module)
 
         def rank(path: Path) -> int:
             names = self._imports[path]
@@ -81,6 +81,15 @@ class Tests:
 
         ranked = sorted((rank(path), path.stat().st_size, path) for path in self._imports)
         return [f"tests/{path.name}" for place, _, path in ranked if place < 9][: self._files]
+
+    def _users(self, module: str) -> set[str]:
+        """The modules that import a module; while no test imports one of them, those that import these too."""
+        users: set[str] = set()
+        while True:
+            more = {user for user, names in self._package.items() if names & {module, *users}}
+            if more == users or any(names & more for names in self._imports.values()):
+                return more
+            users = more
 
     def result(self, files: list[str], change: Callable[[], AbstractContextManager]) -> dict[str, Any]:
         """killed, with the test that failed; survived; or timeout where no file came to its end.

@@ -1,14 +1,17 @@
-"""The standard error of an evaluation against the spread that it claims to tell."""
+"""What is asked of a rack when it is evaluated, and the standard error against the spread that it claims to tell."""
 
 import math
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stackwise_jax.config import StackWiseConfig
+from stackwise_jax.curriculum import Noise, Objective, Phase
 from stackwise_jax.engine.heldout import quotients
 from stackwise_jax.engine.step import batch_metrics
-from stackwise_jax.evaluation.held_out import standard_error
+from stackwise_jax.evaluation.held_out import standard_error, task_of
 
 TRIALS = 600
 
@@ -56,3 +59,15 @@ def test_quotients_of_one_token_are_its_own_and_of_none_are_zero(count):
         assert float(found["bits_per_byte"]) == pytest.approx(count / math.log(2))
     assert quotients([sums] * 3)["loss"] == count
     assert quotients([sums, sums | {"nll": 3.0, "tokens": 3.0}])["tokens"] == count + 3
+
+
+def test_another_objective_comes_with_its_own_attention_and_noise():
+    noise = Noise(kind="range", low=0.1, high=0.9)
+    own = {"objective": Objective(kind="diffusion"), "noise": noise, "attention_mode": "bidirectional"}
+    loaded = SimpleNamespace(phase=Phase(name="any", path=(0,), train_head=True, **own), config=StackWiseConfig())
+    found = {kind: task_of(loaded, kind) for kind in ("clm", "mlm", "diffusion", None)}
+    assert {kind: task.attention_mode for kind, task in found.items()} == {
+        "clm": "causal", "mlm": "bidirectional", "diffusion": "bidirectional", None: "bidirectional",
+    }  # fmt: skip
+    assert [found[kind].noise.kind for kind in found] == ["none", "fixed", "elbo", "elbo"]
+    assert found["mlm"].noise.low == found["mlm"].noise.high == StackWiseConfig().objective.mask_fraction
