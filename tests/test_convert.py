@@ -90,7 +90,7 @@ def test_stacks_are_removed_and_inserted(run_dir, tmp_path):
 
 
 def test_the_new_run_is_read_by_every_command_and_train_starts_from_it(run_dir, tmp_path, capsys):
-    out = tmp_path / "a\\b [1] \udce9"  # a directory may have a name that run.name cannot be
+    out = tmp_path / "a\\b [1] \udce9\n"  # a directory may have a name that run.name cannot be
     assert run(run_dir, out, "--merge_adapters", "--sizes", "3,3") == 0
     assert evaluate.main([str(out), "--batches", "2"]) == 0
     assert generate.main([str(out), "--prompt", "", "--max_tokens", "4"]) == 0
