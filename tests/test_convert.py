@@ -97,7 +97,7 @@ def test_stacks_are_removed_and_inserted(run_dir, tmp_path):
 
 
 def test_the_new_run_is_read_by_every_command_and_train_starts_from_it(run_dir, tmp_path, capsys):
-    out = tmp_path / "a\\b [1] \udce9"  # a directory may have a name that run.name cannot be
+    out = tmp_path / "out"
     assert run(run_dir, out, "--merge_adapters", "--sizes", "3,3") == 0
     assert evaluate.main([str(out), "--batches", "2"]) == 0
     assert generate.main([str(out), "--prompt", "", "--max_tokens", "4"]) == 0
@@ -115,6 +115,11 @@ def test_a_converted_run_is_finished_and_train_says_so(run_dir, tmp_path, capsys
     assert "is finished" in said.out and "Summary" in said.out and "error" not in said.err
     assert summary(out)["held_out_loss"] is None and summary(out)["bits_per_byte"] is None
     assert summary(out)["tokens"] == 0 and summary(out)["phases"][0]["held_out_loss"] is None
+
+
+def test_a_directory_may_have_a_name_that_run_name_cannot_be(run_dir, tmp_path):
+    assert run(run_dir, tmp_path / "a\\b [1] \udce9\n", "--depth", "1", "--merge_adapters") == 0
+    assert Source(tmp_path / "a\\b [1] \udce9\n").config.run.name == "a_b [1] __"
 
 
 def test_the_source_stays_as_it_is(run_dir, tmp_path):

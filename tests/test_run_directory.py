@@ -360,6 +360,15 @@ def test_the_directory_itself_may_be_a_link(copy, tmp_path):
     assert Source(tmp_path / "link").path == (0, 1)
 
 
+def test_a_configuration_that_could_not_be_read_back_is_not_written(tmp_path, monkeypatch):
+    """Paths are recorded as absolute ones, and the working directory has a name that no key may have."""
+    (tmp_path / "a\nb").mkdir()
+    monkeypatch.chdir(tmp_path / "a\nb")
+    with pytest.raises(UsageError, match=r"run\.dir is .* which holds control characters"):
+        open_store(prepare(tiny(*PLAN, "run.dir=run"), Path("run")))
+    assert not list(Path().iterdir())
+
+
 RACKS = {
     "a million blocks": ('"n_blocks": 1', '"n_blocks": 1000000', "more than 10000 blocks"),
     "no blocks": ('"n_blocks": 1', '"n_blocks": 0', "n_blocks is 0"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def check_index(item: Path, sizes: Mapping[str, int]) -> None:
     """
     left = INDEX // BLOCK
     for name in (name for name, size in sizes.items() if size):
-        content = np.memmap(item / name, np.uint8, "r")
+        content: Any = np.memmap(item / name, np.uint8, "r")
         for found in _MAGIC.finditer(content):
             start = found.start()
             length = int.from_bytes(content[start + 4 : start + 12].tobytes(), "little")

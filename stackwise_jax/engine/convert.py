@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.config.schema import CurriculumConfig, Format, StackInit
 from stackwise_jax.curriculum import Plan, StackAdapter, make_plan
 from stackwise_jax.engine.building import building, check_out
-from stackwise_jax.engine.description import write_description
+from stackwise_jax.engine.description import recorded_config, write_description
 from stackwise_jax.engine.entries import CHECKPOINTS, METRICS, TOKENIZER, digests
 from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.engine.source import Source, check_fits
@@ -41,7 +42,7 @@ from stackwise_jax.model.regroup import stack_blocks, unstack_blocks
 from stackwise_jax.random_streams import Stream, root_key, stream_key
 
 Tree = Any
-_NO_NAME = re.compile(r"[/\\\ud800-\udfff]")  # what a directory may be called and run.name may not
+_NO_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what a directory may be called and run.name may not
 MergeBase = Literal["trained", "master"]
 
 
@@ -328,7 +329,7 @@ def _finish(
     source.tokenizer().save(out / TOKENIZER)
     with writing(out):
         (out / METRICS).touch()
-    write_description(out, plan, rack, config)
+    write_description(out, plan, rack, recorded_config(config))
     progress = Progress(
         number=1,
         phase=1,

@@ -17,6 +17,7 @@ from stackwise_jax.engine.description import (
     read_config,
     read_rack,
     read_rows,
+    recorded_config,
     value_at,
     write_description,
 )
@@ -267,8 +268,8 @@ def open_store(setup: Setup) -> Store:
 
 def create_directory(setup: Setup) -> None:
     """Lay down what does not change during a run; config.yaml comes last and marks the directory as a run."""
-    run_dir = setup.run_dir
+    run_dir, config = setup.run_dir, recorded_config(setup.config)
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     setup.tokenizer.save(run_dir / TOKENIZER)
-    write_description(run_dir, setup.plan, setup.rack, setup.config)
+    write_description(run_dir, setup.plan, setup.rack, config)
