@@ -102,7 +102,7 @@ def read_plan(run_dir: Path, config: StackWiseConfig, rack: Rack) -> Plan:
             plan = make_plan(config, rack_shape(rack, config.data))
             check_plan(run_dir, rows, plan)
     except UsageError as error:
-        raise UsageError(f"{path} does not describe the plan of a run ({error}); restore it from a copy") from None
+        raise _no_plan(run_dir, error) from None
     blocks = tuple(len(stack.blocks) for stack in rack.stacks)
     if plan.stack_sizes != blocks:
         raise UsageError(
@@ -123,8 +123,12 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     try:
         check_rows(rows)
     except UsageError as error:
-        raise UsageError(f"{run_dir / PHASES} does not describe the plan of a run ({error}); restore it") from None
+        raise _no_plan(run_dir, error) from None
     return rows
+
+
+def _no_plan(run_dir: Path, error: UsageError) -> UsageError:
+    return UsageError(f"{run_dir / PHASES} does not describe the plan of a run ({error}); restore it from a copy")
 
 
 def check_record(run_dir: Path, progress: Progress, plan: Plan) -> None:
@@ -168,8 +172,13 @@ def check_plan(run_dir: Path, rows: list[dict[str, Any]], plan: Plan) -> None:
     """Refuse a plan that is not the recorded one.
 
     Raises:
-        UsageError: the first phase that differs, the field, and both values.
+        UsageError: the recorded one is none, or the first phase that differs, the field, and both values.
     """
+    if is_complete(rows):  # an earlier version of this program may have written fewer fields: they have their defaults
+        try:
+            rows = plan_to_json(plan_from_json(rows))
+        except UsageError as error:
+            raise _no_plan(run_dir, error) from None
     found = first_difference(rows, plan_to_json(plan), partial=not is_complete(rows))
     if found:
         phase, field, recorded, made = found
