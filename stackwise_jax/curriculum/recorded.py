@@ -90,9 +90,12 @@ def _difference(field: str, here: Any, there: Any, partial: bool) -> tuple[str, 
     if isinstance(here, dict) and isinstance(there, dict):
         names = [name for name in there | here if name in here or not partial]
         inner = [(f"{field}.{n}" if field else n, here.get(n, "nothing"), there.get(n, "nothing")) for n in names]
-    elif isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
-        if all(isinstance(entry, dict) for entry in (*here, *there)):
-            inner = [(f"{field}[{i}]", *pair) for i, pair in enumerate(zip(here, there, strict=True))]
+    elif _are_objects(here) and _are_objects(there) and len(here) == len(there):
+        inner = [(f"{field}[{i}]", *pair) for i, pair in enumerate(zip(here, there, strict=True))]
     if inner:
         return next(filter(None, (_difference(*entry, partial) for entry in inner)), None)
     return None if here == there or (here == {} and partial) else (field, shown(here), shown(there))
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

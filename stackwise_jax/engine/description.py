@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,8 +31,11 @@ from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.model import Rack, rack_from_dict, rack_to_dict
 
-# Of a configuration, the paths of what is compared by its content, or not needed once a run has begun.
-PATHS = ("data.path", "data.valid_path", "tokenizer.path", "run.init_from", "curriculum.adapters.load_from")
+# Of a configuration: where a run starts from. It is not needed again once it has been taken over.
+ORIGIN = ("run.init_from", "run.init_depth", "run.init_stacks")
+ADAPTERS = "curriculum.adapters.load_from"
+# The paths of what is compared by its content, or not needed once a run has begun.
+PATHS = ("data.path", "data.valid_path", "tokenizer.path", "run.init_from", ADAPTERS)
 _ITEM = re.compile(r"embed|head|stacks/(\d{3,9})|adapters/(\d{3,9})/(stack|trunk)|optimizer(/\w+)*|moments/[\w/]+")
 
 
@@ -189,13 +192,39 @@ def check_plan(run_dir: Path, rows: list[dict[str, Any]], plan: Plan) -> None:
 
 
 def write_description(run_dir: Path, plan: Plan, rack: Rack, config: StackWiseConfig) -> None:
-    """Write the plan, the rack and the configuration of a run, whose paths become absolute: the run can be read from
-    any working directory. Raises RunError when the disk does not take them."""
+    """Write the plan, the rack and the configuration of a run. Its paths become absolute, so that the run can be read
+    from any working directory; its own place is left out, so that it can be moved.
+
+    Raises RunError when the disk does not take them."""
     entries.write(run_dir / PHASES, json.dumps(plan_to_json(plan), indent=2) + "\n")
     entries.write(run_dir / RACK, json.dumps(rack_to_dict(rack), indent=2) + "\n")
-    for key in (*PATHS, "cache.dir", "run.dir"):
-        config = _absolute(config, key.split("."))
-    entries.write(run_dir / CONFIG, resolved_yaml(config))
+    entries.write(run_dir / CONFIG, resolved_yaml(_changed(with_absolute_paths(config), "run.dir", None)))
+
+
+def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
+    """The configuration as it means the same in any working directory."""
+    for key in (*PATHS, "cache.dir"):
+        if (value := value_at(config, key)) is not None:
+            config = _changed(config, key, os.path.abspath(value))
+    return config
+
+
+def with_origin(config: StackWiseConfig, before: StackWiseConfig) -> StackWiseConfig:
+    """The configuration with what it leaves out of where the run started from, as the run was begun (`before`)."""
+    if config.run.init_from is None:
+        for key in ORIGIN:
+            config = _changed(config, key, value_at(before, key))
+    if value_at(config, ADAPTERS) is None:
+        config = _changed(config, ADAPTERS, value_at(before, ADAPTERS))
+    return config
+
+
+def with_places(before: StackWiseConfig, config: StackWiseConfig) -> StackWiseConfig:
+    """The configuration that a run was begun with, with what `config` says of where things lie now."""
+    now = with_absolute_paths(config)
+    for key in (*PATHS, "cache.dir"):
+        before = _changed(before, key, value_at(now, key))
+    return before
 
 
 def value_at(config: Any, key: str) -> Any:
@@ -205,10 +234,7 @@ def value_at(config: Any, key: str) -> Any:
     return config
 
 
-def _absolute(section: Any, names: Sequence[str]) -> Any:
-    """A copy of a section in which the path that `names` lead to is absolute."""
-    name, *rest = names
-    value = getattr(section, name)
-    if value is None:
-        return section
-    return dataclasses.replace(section, **{name: _absolute(value, rest) if rest else os.path.abspath(value)})
+def _changed(section: Any, key: str, value: Any) -> Any:
+    """A copy of a section with another value for a key in it."""
+    name, _, rest = key.partition(".")
+    return dataclasses.replace(section, **{name: _changed(getattr(section, name), rest, value) if rest else value})
