@@ -47,14 +47,38 @@ def rows() -> list[dict]:
     return plan_to_json(make_plan(load_config(None, ["--curriculum.plan=append", *MORE["append"]]), SHAPE))
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Phase)] + ["stack_sizes", "existing"])
-def test_a_field_that_is_missing_or_wrong_is_named(name):
-    missing, wrong = rows(), rows()
-    del missing[0][name]
-    wrong[0][name] = {"no": "such"}
-    for given in (missing, wrong):
-        with pytest.raises(UsageError, match=name):
-            plan_from_json(given)
+FIELDS = [field.name for field in dataclasses.fields(Phase)] + ["stack_sizes", "existing"]
+REQUIRED = ["name", "path", "stack_sizes", "existing"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_that_is_wrong_is_named(name):
+    given = rows()
+    given[0][name] = {"no": "such"}
+    with pytest.raises(UsageError, match=name):
+        plan_from_json(given)
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_field_without_a_default_that_is_missing_is_named(name):
+    given = rows()
+    del given[0][name]
+    with pytest.raises(UsageError, match=name):
+        plan_from_json(given)
+
+
+def test_fields_that_are_newer_than_a_plan_have_their_defaults():
+    given, plan = rows(), plan_from_json(rows())
+    for row in given:
+        for name in ("corruption", "keep_optimizer", "frozen_stacks", "blocks"):
+            del row[name]
+        del row["optimizer"]["b2"], row["noise"]["schedule"]
+        for adapter in row["adapters"]:
+            del adapter["spec"]["dropout"]
+    assert plan_from_json(given) == plan
+    assert plan.phases[1].steps != Phase(name="a", path=(0,), train_head=True).steps
+    del given[1]["steps"]
+    assert plan_from_json(given).phases[1].steps == 1  # the default, and not what the configuration says
 
 
 @pytest.mark.parametrize(
@@ -66,7 +90,7 @@ def test_a_field_that_is_missing_or_wrong_is_named(name):
         (lambda r: r[1].update(steps=True), "steps"),
         (lambda r: r[1].update(noise=r[1]["noise"] | {"low": "0"}), "low"),
         (lambda r: r[1]["optimizer"].update(name="adamw9"), "name"),
-        (lambda r: r[1]["optimizer"].pop("b2"), "b2"),
+        (lambda r: r[1]["optimizer"].update(b9=1), "b9"),
         (lambda r: r[1]["adapters"][0].pop("spec"), "spec"),
         (lambda r: r[1].update(what=1), "what"),
         (lambda r: r[1].update(path=[7]), "stack"),

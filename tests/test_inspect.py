@@ -188,6 +188,23 @@ def test_a_damaged_version_named_directly_fails(run, capsys):
     assert str(version / "meta.json") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/stacks/001", "checkpoints/stacks/001/00000002"])
+def test_a_file_that_no_item_lists_is_named_without_norms(run, capsys, below):
+    stray = run / "checkpoints/stacks/001/00000002/arrays/checkpoint"
+    stray.write_text("{}")
+    assert main([str(run / below)]) == 1
+    assert f"{stray} is not part of the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints"])
+def test_files_of_the_run_are_compared_from_its_store_too(run, below):
+    store = Store(run / "checkpoints")
+    wrong = {"config.yaml": "0" * 64}
+    store.commit(Progress(3, 1, 4, 12, {"stacks/000": 1}, digests=wrong))
+    store.close()
+    assert any("config.yaml is not as it was" in sentence for sentence in inspect_path(run / below)["damage"])
+
+
 def test_wrong_paths_and_stacks_are_refused(run, tmp_path, capsys):
     with pytest.raises(UsageError, match="does not exist"):
         inspect_path(tmp_path / "none")

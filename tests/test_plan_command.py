@@ -100,3 +100,21 @@ def test_train_warns_or_is_silent_where_it_is_told_to(check, say, tmp_path):
     run = *SHORT, "--run.dir", tmp_path / "run", "--memory.host", "100MB", "--curriculum.steps", "1"
     code, out, err, _ = say(train, *run, "--memory.check", check, "--run.sample_tokens", "0")
     assert code == 0 and ("does not fit" in out + err) is (check == "warn")
+
+
+@pytest.mark.parametrize("text", ["built in", "not there"])
+@pytest.mark.parametrize("key", ["run.init_from", "curriculum.adapters.load_from", "run.dir"])
+def test_a_run_that_was_changed_is_not_planned_with(key, text, say, tmp_path):
+    run = tmp_path / "run"
+    short = *SHORT, "--curriculum.plan=append", "--curriculum.trunk=adapt", "--curriculum.steps=1"
+    assert say(train, *short, "--run.dir", run, "--run.sample_tokens=0")[0] == 0
+    rack = (run / "rack.json").read_text()
+    (run / "rack.json").write_text(rack.replace("10000.0", "20000.0"))
+    more = [] if text == "built in" else ["--data.source=text", f"--data.path={tmp_path / 'none.txt'}"]
+    place = [] if key == "run.dir" else ["--run.dir", tmp_path / "new"]
+    code, _, err, _ = say(plan, *short, *more, *place, f"--{key}={run}")
+    assert code == 1 and "rack.json is not as it was" in err
+
+
+def test_a_run_that_is_not_there_yet_can_be_planned_with(say, tmp_path):
+    assert say(plan, *SHORT, "--run.dir", tmp_path / "new", "--run.init_from", tmp_path / "none")[0] == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 from processes import content
-from tiny import saved, tiny, train
+from tiny import saved, stop_inside, tiny, train
 
 from stackwise_jax.checkpoint import Store
 from stackwise_jax.checkpoint.files import read_json, write_json
@@ -41,17 +41,7 @@ def finished(tmp_path_factory) -> Path:
 def stopped(tmp_path_factory) -> Path:
     """A run that was broken off in its second phase."""
     path = tmp_path_factory.mktemp("stopped") / "run"
-
-    class Stops(Run):
-        def _on_metrics(self, work, step, metrics, seconds):
-            super()._on_metrics(work, step, metrics, seconds)
-            if work.index == 1 and step == 1:
-                raise InterruptedError
-
-    run = Stops(prepare(tiny(*PLAN, "run.save_every=1"), path))
-    with pytest.raises(InterruptedError):
-        run.train()
-    run.recorder.close()
+    stop_inside(tiny(*PLAN, "run.save_every=1"), path)
     return path
 
 
@@ -191,11 +181,6 @@ FREE = [
 @pytest.mark.parametrize("key", FREE)
 def test_keys_that_say_where_and_on_what_are_free(key, stopped):
     assert check_directory(prepare(tiny(*PLAN, "run.save_every=1", key), stopped))
-
-
-def test_a_run_of_two_devices_goes_on_on_one(begun):
-    change(as_version_0_1(begun) / "config.yaml", "fsdp: 1", "fsdp: 2")
-    assert check_directory(prepare(tiny(*PLAN, "run.save_every=1"), begun))
 
 
 def test_a_run_goes_on_with_other_free_keys_to_nearly_the_same_end(begun, finished):

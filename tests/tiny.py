@@ -5,6 +5,7 @@ Legend: B batch, T sequence.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -54,6 +55,21 @@ def train(config: StackWiseConfig, run_dir: Path, *, rack=None, reporter=None, s
     run = Run(prepare(config, run_dir, rack), reporter, stop)
     run.train()
     return run
+
+
+def stop_inside(config: StackWiseConfig, run_dir: Path) -> None:
+    """A run that is broken off in its second phase."""
+
+    class Stops(Run):
+        def _on_metrics(self, work, step, metrics, seconds):
+            super()._on_metrics(work, step, metrics, seconds)
+            if work.index == 1 and step == 1:
+                raise InterruptedError
+
+    run = Stops(prepare(config, run_dir))
+    with contextlib.suppress(InterruptedError):
+        run.train()
+    run.recorder.close()
 
 
 def metrics(run_dir: Path) -> list[dict]:

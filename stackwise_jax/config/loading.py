@@ -7,6 +7,7 @@ be right.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ class Written:
 
     keys: set[str] = field(default_factory=set)  # such as model.d_model or curriculum.stages[0].lr
     repeated: dict[str, str] = field(default_factory=dict)  # key -> the text that counts; twice on the command line
+    notes: list[str] = field(default_factory=list)  # sentences on what is read otherwise than it stands there
 
 
 def load_config(files: Files = None, overrides: Sequence[str] = ()) -> StackWiseConfig:
@@ -45,8 +47,11 @@ def load_config(files: Files = None, overrides: Sequence[str] = ()) -> StackWise
         files: YAML files in the order in which they are merged: sections key by key, lists as a whole.
         overrides: as on the command line: ["--model.d_model", "64", "--optimizer.lr=1e-3"]; the last one wins.
 
+    The run.dir of a configuration that lies in a run is the folder that it lies in, wherever the run was before.
+
     Raises:
-        UsageError: a missing, empty or unreadable file, an unknown key or a value of the wrong type.
+        UsageError: a missing, empty or unreadable file, an unknown key or a value of the wrong type, or configurations
+            of several runs without a run.dir beside them.
     """
     return load_written(files, overrides)[0]
 
@@ -54,16 +59,42 @@ def load_config(files: Files = None, overrides: Sequence[str] = ()) -> StackWise
 def load_written(files: Files = None, overrides: Sequence[str] = ()) -> tuple[StackWiseConfig, Written]:
     """As `load_config`, and what the user wrote for it."""
     config, written = StackWiseConfig(), Written()
+    moved: dict[str, list[str]] = {}  # folder of a run -> notes
     for path in _listed(files):
         path = expanded(str(path))
-        config = _merged(config, _content(_read(path), path), path, written)
+        given = _content(_read(path), path)
+        if _is_of_run(path):
+            given = _placed(given, path, moved)
+        config = _merged(config, given, path, written)
     texts: dict[str, str] = {}
     for key, text in _pairs(overrides):
         if texts.get(key, text) != text:
             written.repeated[key] = text
         texts[key] = text
         config = _changed(config, _nested(key, _from_command_line(key, text)), "", COMMAND_LINE, written.keys)
+    if config.run.dir in moved and "run.dir" not in texts:
+        if len(moved) > 1:
+            raise UsageError(f"--config names the configurations of {len(moved)} runs; write the run.dir that is meant")
+        written.notes += moved[config.run.dir]
     return config, written
+
+
+def _is_of_run(path: str) -> bool:
+    """Whether a file is the configuration that a run wrote down, in its folder."""
+    return os.path.basename(path) == "config.yaml" and os.path.isfile(os.path.join(os.path.dirname(path), "rack.json"))
+
+
+def _placed(given: Any, path: str, moved: dict[str, list[str]]) -> Any:
+    """The content of a run's configuration with its folder as run.dir and without a name; says it where both differ."""
+    run = given.get("run") or {} if isinstance(given, dict) else None
+    if not isinstance(run, dict):
+        return given  # no configuration, which is said where it is read
+    folder, before = os.path.abspath(os.path.dirname(path)), run.get("dir")
+    before = meaning(before) if isinstance(before, Plain) else before
+    notes = moved.setdefault(folder, [])
+    if isinstance(before, str) and os.path.realpath(expanded(before)) != os.path.realpath(folder):
+        notes.append(f"{path} names run.dir {shown(before)}; the run is taken from where the file lies, {folder}")
+    return given | {"run": run | {"dir": folder, "name": None}}
 
 
 def config_from_yaml(content: bytes, where: str) -> StackWiseConfig:

@@ -78,7 +78,7 @@ _NO_PREFIX = ("rackwise", "prepend", "grow", "independent", "joint")  # plans in
 
 
 def overruled(config: StackWiseConfig, written: Written, *, alone: bool = False) -> list[str]:
-    """One line for each key that was written and that something else wins over.
+    """One line for each key that was written and that something else wins over, after the notes of `written`.
 
     Args:
         alone: what is done looks at the devices of this process only (a plan, a dry run).
@@ -91,7 +91,7 @@ def overruled(config: StackWiseConfig, written: Written, *, alone: bool = False)
         f"{key} is written more than once on the command line; the last one, {shown(text)}, counts"
         for key, text in written.repeated.items()
     ]
-    return twice + _attention(config, written) + list(found.values())
+    return written.notes + twice + _attention(config, written) + list(found.values())
 
 
 def _without_effect(config: StackWiseConfig, alone: bool) -> Iterator[tuple[str, str]]:

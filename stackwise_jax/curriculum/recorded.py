@@ -21,11 +21,11 @@ def plan_to_json(plan: Plan) -> Rows:
 
 
 def plan_from_json(rows: Any) -> Plan:
-    """The inverse of `plan_to_json`.
+    """The inverse of `plan_to_json`. A field that is missing has its default: it is newer than what wrote the plan.
 
     Raises:
-        UsageError: a field of a phase is missing, unknown, of the wrong type, or does not follow from the others; the
-            sentence names it.
+        UsageError: a field of a phase is unknown, of the wrong type, missing and without a default, or does not follow
+            from the others; the sentence names it.
     """
     check_rows(rows)
     phases = []
@@ -33,7 +33,7 @@ def plan_from_json(rows: Any) -> Plan:
         given = {f.name: row[f.name] for f in dataclasses.fields(Phase) if f.name in row}
         if "objective" in given:
             given["objective"] = {"kind": given["objective"]}
-        phases.append(from_plain(Phase, given, f"phase {i}"))
+        phases.append(from_plain(Phase, given, f"phase {i}", partial=True))
     about = from_plain(
         _About, {name: rows[0][name] for name in ("stack_sizes", "existing") if name in rows[0]}, "phase 0"
     )
@@ -41,7 +41,7 @@ def plan_from_json(rows: Any) -> Plan:
     if min(about.stack_sizes, default=0) < 1 or not used <= set(range(n)):
         raise UsageError(f"stack_sizes has {n} entries and the phases name the stacks {shown(sorted(used))}")
     plan = Plan(about.stack_sizes, tuple(phases), about.existing)
-    if found := first_difference(rows, plan_to_json(plan)):
+    if found := first_difference(rows, plan_to_json(plan), partial=True):
         phase, field, there, derived = found
         raise UsageError(f"phase '{phase}': {field} is {there}, and {derived} follows from its other fields")
     return plan
@@ -73,24 +73,29 @@ def is_complete(rows: Rows) -> bool:
 def first_difference(rows: Rows, others: Rows, *, partial: bool = False) -> tuple[str, str, str, str] | None:
     """Where two plans in terms of JSON part: (name of the phase, field, its value in each); None: nowhere.
 
-    partial: fields that `rows` lacks are not compared.
+    partial: fields that `rows` lacks are not compared, also those within fields.
     """
     for row, other in zip(rows, others, strict=False):
-        for field in [*other, *(field for field in row if field not in other)]:
-            if field not in row and partial:
-                continue
-            here, there = row.get(field, "nothing"), other.get(field, "nothing")
-            if here != there:
-                return str(row.get("name")), *_inner(field, here, there)
+        if found := _difference("", row, other, partial):
+            return str(row.get("name")), *found
     if len(rows) != len(others):
         longer = max(rows, others, key=len)[min(len(rows), len(others))]
         return str(longer.get("name")), "the number of phases", str(len(rows)), str(len(others))
     return None
 
 
-def _inner(field: str, here: Any, there: Any) -> tuple[str, str, str]:
-    """The field within a field that differs, such as optimizer.lr, and both values."""
+def _difference(field: str, here: Any, there: Any, partial: bool) -> tuple[str, str, str] | None:
+    """The innermost field that differs, such as optimizer.lr, and both values; None: none does."""
+    inner: list[tuple[str, Any, Any]] = []
     if isinstance(here, dict) and isinstance(there, dict):
-        inner = next(name for name in here | there if here.get(name, "nothing") != there.get(name, "nothing"))
-        return _inner(f"{field}.{inner}", here.get(inner, "nothing"), there.get(inner, "nothing"))
-    return field, shown(here), shown(there)
+        names = [name for name in there | here if name in here or not partial]
+        inner = [(f"{field}.{n}" if field else n, here.get(n, "nothing"), there.get(n, "nothing")) for n in names]
+    elif _are_objects(here) and _are_objects(there) and len(here) == len(there):
+        inner = [(f"{field}[{i}]", *pair) for i, pair in enumerate(zip(here, there, strict=True))]
+    if inner:
+        return next(filter(None, (_difference(*entry, partial) for entry in inner)), None)
+    return None if here == there or (here == {} and partial) else (field, shown(here), shown(there))
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

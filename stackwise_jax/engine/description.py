@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,8 +31,11 @@ from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.model import Rack, rack_from_dict, rack_to_dict
 
-# Of a configuration, the paths of what is compared by its content, or not needed once a run has begun.
-PATHS = ("data.path", "data.valid_path", "tokenizer.path", "run.init_from", "curriculum.adapters.load_from")
+# Of a configuration: where a run starts from. It is not needed again once it has been taken over.
+ORIGIN = ("run.init_from", "run.init_depth", "run.init_stacks")
+ADAPTERS = "curriculum.adapters.load_from"
+# The paths of what is compared by its content, or not needed once a run has begun.
+PATHS = ("data.path", "data.valid_path", "tokenizer.path", "run.init_from", ADAPTERS)
 _ITEM = re.compile(r"embed|head|stacks/(\d{3,9})|adapters/(\d{3,9})/(stack|trunk)|optimizer(/\w+)*|moments/[\w/]+")
 
 
@@ -102,7 +105,7 @@ def read_plan(run_dir: Path, config: StackWiseConfig, rack: Rack) -> Plan:
             plan = make_plan(config, rack_shape(rack, config.data))
             check_plan(run_dir, rows, plan)
     except UsageError as error:
-        raise UsageError(f"{path} does not describe the plan of a run ({error}); restore it from a copy") from None
+        raise _no_plan(run_dir, error) from None
     blocks = tuple(len(stack.blocks) for stack in rack.stacks)
     if plan.stack_sizes != blocks:
         raise UsageError(
@@ -123,8 +126,12 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     try:
         check_rows(rows)
     except UsageError as error:
-        raise UsageError(f"{run_dir / PHASES} does not describe the plan of a run ({error}); restore it") from None
+        raise _no_plan(run_dir, error) from None
     return rows
+
+
+def _no_plan(run_dir: Path, error: UsageError) -> UsageError:
+    return UsageError(f"{run_dir / PHASES} does not describe the plan of a run ({error}); restore it from a copy")
 
 
 def check_record(run_dir: Path, progress: Progress, plan: Plan) -> None:
@@ -168,8 +175,13 @@ def check_plan(run_dir: Path, rows: list[dict[str, Any]], plan: Plan) -> None:
     """Refuse a plan that is not the recorded one.
 
     Raises:
-        UsageError: the first phase that differs, the field, and both values.
+        UsageError: the recorded one is none, or the first phase that differs, the field, and both values.
     """
+    if is_complete(rows):  # an earlier version of this program may have written fewer fields: they have their defaults
+        try:
+            rows = plan_to_json(plan_from_json(rows))
+        except UsageError as error:
+            raise _no_plan(run_dir, error) from None
     found = first_difference(rows, plan_to_json(plan), partial=not is_complete(rows))
     if found:
         phase, field, recorded, made = found
@@ -188,11 +200,40 @@ def write_description(run_dir: Path, plan: Plan, rack: Rack, config: StackWiseCo
 
 def recorded_config(config: StackWiseConfig) -> StackWiseConfig:
     """The configuration as a run directory holds it: its paths are absolute, so that the run can be read from any
-    working directory. Raises UsageError where it could not be read back, as in a working directory of an odd name."""
-    for key in (*PATHS, "cache.dir", "run.dir"):
-        config = _absolute(config, key.split("."))
+    working directory, and its own place is left out, so that it can be moved.
+
+    Raises:
+        UsageError: it could not be read back, as in a working directory of an odd name.
+    """
+    config = _changed(with_absolute_paths(config), "run.dir", None)
     validate(config, files=False)
     return config
+
+
+def with_absolute_paths(config: StackWiseConfig) -> StackWiseConfig:
+    """The configuration as it means the same in any working directory."""
+    for key in (*PATHS, "cache.dir"):
+        if (value := value_at(config, key)) is not None:
+            config = _changed(config, key, os.path.abspath(value))
+    return config
+
+
+def with_origin(config: StackWiseConfig, before: StackWiseConfig) -> StackWiseConfig:
+    """The configuration with what it leaves out of where the run started from, as the run was begun (`before`)."""
+    if config.run.init_from is None:
+        for key in ORIGIN:
+            config = _changed(config, key, value_at(before, key))
+    if value_at(config, ADAPTERS) is None:
+        config = _changed(config, ADAPTERS, value_at(before, ADAPTERS))
+    return config
+
+
+def with_places(before: StackWiseConfig, config: StackWiseConfig) -> StackWiseConfig:
+    """The configuration that a run was begun with, with what `config` says of where things lie now."""
+    now = with_absolute_paths(config)
+    for key in (*PATHS, "cache.dir"):
+        before = _changed(before, key, value_at(now, key))
+    return before
 
 
 def value_at(config: Any, key: str) -> Any:
@@ -202,10 +243,7 @@ def value_at(config: Any, key: str) -> Any:
     return config
 
 
-def _absolute(section: Any, names: Sequence[str]) -> Any:
-    """A copy of a section in which the path that `names` lead to is absolute."""
-    name, *rest = names
-    value = getattr(section, name)
-    if value is None:
-        return section
-    return dataclasses.replace(section, **{name: _absolute(value, rest) if rest else os.path.abspath(value)})
+def _changed(section: Any, key: str, value: Any) -> Any:
+    """A copy of a section with another value for a key in it."""
+    name, _, rest = key.partition(".")
+    return dataclasses.replace(section, **{name: _changed(getattr(section, name), rest, value) if rest else value})

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from stackwise_jax.checkpoint import Progress, Store, by_first_process, writing
-from stackwise_jax.config import StackWiseConfig, differing_keys
+from stackwise_jax.config import StackWiseConfig, differing_keys, resolved_yaml
 from stackwise_jax.config.paths import check_place
 from stackwise_jax.engine.description import (
     PATHS,
@@ -19,6 +24,7 @@ from stackwise_jax.engine.description import (
     read_rows,
     recorded_config,
     value_at,
+    with_places,
     write_description,
 )
 from stackwise_jax.engine.entries import (
@@ -27,11 +33,16 @@ from stackwise_jax.engine.entries import (
     CONFIG,
     FIXED,
     METRICS,
+    NEXT_CONFIG,
     OFFLOAD,
     RACK,
     SUMMARY,
     TENSORBOARD,
     TOKENIZER,
+    digest_of,
+    digests,
+    read,
+    write,
 )
 from stackwise_jax.engine.executor import streams
 from stackwise_jax.engine.saved_shapes import check_shapes
@@ -260,10 +271,39 @@ def open_store(setup: Setup) -> Store:
         if progress := store.latest():
             check_unchanged(setup.run_dir, progress, fingerprints(setup))
             check_shapes(store, setup.rack, progress.versions)
+            take_places(setup, store, progress)
     except BaseException:
         store.close()
         raise
     return store
+
+
+def take_places(setup: Setup, store: Store, progress: Progress) -> None:
+    """Write down where things lie now, where that is not what config.yaml says. All processes call it.
+
+    Records have the digest of config.yaml, so one that accepts it as it is and as it is about to be goes before, and
+    one that has only the new digest follows: after a kill at any moment the run can be opened.
+
+    Raises:
+        RunError: the disk does not take it.
+    """
+    path = setup.run_dir / CONFIG
+    before = read_config(setup.run_dir)
+    after = with_places(before, setup.config)
+    if not _as_first_process(after != before or NEXT_CONFIG in progress.digests):
+        return
+    content = read(path) if after == before else resolved_yaml(after).encode()
+    there = (progress.digests or digests(setup.run_dir)) | {CONFIG: digest_of(read(path))}
+    both = there | {NEXT_CONFIG: digest_of(content)}
+    store.commit(dataclasses.replace(progress, number=progress.number + 1, digests=both))
+    by_first_process(lambda: write(path, content.decode()))
+    final = {name: both[NEXT_CONFIG if name == CONFIG else name] for name in both if name != NEXT_CONFIG}
+    store.commit(dataclasses.replace(progress, number=progress.number + 2, digests=final))
+
+
+def _as_first_process(answer: bool) -> bool:
+    """The answer of process 0, for all."""
+    return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
 def create_directory(setup: Setup) -> None:

@@ -20,8 +20,10 @@ from stackwise_jax.errors import RunError, UsageError
 
 CONFIG, RACK, PHASES, METRICS, SUMMARY = "config.yaml", "rack.json", "phases.json", "metrics.jsonl", "summary.json"
 TOKENIZER, CHECKPOINTS, TENSORBOARD, CACHE = "tokenizer", "checkpoints", "tensorboard", "cache"
+PROGRESS = "progress"  # in CHECKPOINTS
 OFFLOAD = "offload"  # where scratch files of memory.offload_to disk are opened
-FIXED = (PHASES, RACK, CONFIG)  # written when the run begins and never again, config.yaml last
+FIXED = (PHASES, RACK, CONFIG)  # written when the run begins, config.yaml last; see directory.take_places on that one
+NEXT_CONFIG = "config.yaml.next"  # in the digests of a record: config.yaml may also be as it is about to be written
 TOKENIZER_FILES = (f"{TOKENIZER}/tokenizer.json", f"{TOKENIZER}/tokenizer.model")
 FOLDERS = (TOKENIZER, CHECKPOINTS, TENSORBOARD, CACHE, OFFLOAD)
 _FILES = (*FIXED, METRICS, SUMMARY, *TOKENIZER_FILES)
@@ -29,6 +31,8 @@ _FILES = (*FIXED, METRICS, SUMMARY, *TOKENIZER_FILES)
 
 def check_entries(run_dir: Path) -> None:
     """Refuse a run directory in which a name that a run uses is something else: a link, a pipe, a file for a folder.
+
+    Also a record that is a link: it would be passed over as damaged, and an older state be taken for the newest.
 
     The directory itself may be a link.
 
@@ -46,11 +50,16 @@ def check_entries(run_dir: Path) -> None:
         except OSError as error:
             raise UsageError(f"{path} cannot be looked at ({error.strerror}); check the rights of the folder") from None
         if stat.S_ISLNK(mode):
-            raise UsageError(
-                f"{path} is a symbolic link; put the {kind} itself there, a run follows no links inside it"
-            )
+            raise _link(path, kind)
         if not (stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)):
             raise UsageError(f"{path} is no regular {kind}; restore it from a copy")
+    for path in (run_dir / CHECKPOINTS / PROGRESS).glob("*.json"):
+        if path.is_symlink():
+            raise _link(path, "file")
+
+
+def _link(path: Path, kind: str) -> UsageError:
+    return UsageError(f"{path} is a symbolic link; put the {kind} itself there, a run follows no links inside it")
 
 
 def check_is_run(run_dir: Path) -> None:
@@ -92,9 +101,9 @@ def write(path: Path, text: str) -> None:
 
 
 def digests(run_dir: Path) -> dict[str, str]:
-    """The sha256 of each file that never changes while a run lasts, by its name in the directory."""
+    """The sha256 of each file that does not change while a run trains, by its name in the directory."""
     present = [name for name in TOKENIZER_FILES if (run_dir / name).exists()]
-    return {name: _digest(run_dir / name) for name in (*FIXED, *present)}
+    return {name: digest_of(read(run_dir / name)) for name in (*FIXED, *present)}
 
 
 def check_digests(run_dir: Path, recorded: Mapping[str, str]) -> None:
@@ -104,17 +113,21 @@ def check_digests(run_dir: Path, recorded: Mapping[str, str]) -> None:
         RunError: the first file that is missing or differs.
     """
     for name, digest in recorded.items():
+        if name == NEXT_CONFIG:
+            continue
         if name not in (*FIXED, *TOKENIZER_FILES):
             raise RunError(
                 f"the newest record in {run_dir / CHECKPOINTS} has a digest of '{name}', which is no file of a run; "
                 "restore the record from a copy"
             )
-        if _digest(run_dir / name) != digest:
+        accepted = {digest, recorded.get(NEXT_CONFIG, digest) if name == CONFIG else digest}
+        if digest_of(read(run_dir / name)) not in accepted:
             raise RunError(
                 f"{run_dir / name} is not as it was when its run was trained (its sha256 differs from the one in the "
                 "record); restore it from a copy"
             )
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(read(path)).hexdigest()
+def digest_of(content: bytes) -> str:
+    """The sha256 of the content of a file, as records name it."""
+    return hashlib.sha256(content).hexdigest()

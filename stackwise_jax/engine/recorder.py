@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from stackwise_jax.checkpoint import MetricsLog, Progress, Store
+from stackwise_jax.checkpoint import MetricsLog, Progress, Store, by_first_process
 from stackwise_jax.curriculum import Phase
 from stackwise_jax.engine import entries
 from stackwise_jax.engine.weights import Weights, count_values, final_format, path_items
@@ -39,7 +39,7 @@ class Recorder:
         self.number = self.global_step = 0
         self.results: list[dict] = []
         self.moments: dict[str, int] = {}
-        self._data = data
+        self._run_dir, self._data = run_dir, data
         self._digests = entries.digests(run_dir) if jax.process_index() == 0 else {}  # that process writes records
 
     def go_on_from(self, progress: Progress) -> None:
@@ -51,6 +51,7 @@ class Recorder:
         self.weights.versions = {name: v for name, v in versions.items() if not name.startswith(MOMENTS)}
         self.weights.formats = {item: fmt for item, fmt in progress.formats.items() if item in self.weights.versions}
         self._data = progress.data | self._data
+        self._digests = progress.digests or self._digests
         self.log.truncate(progress.metrics_bytes)
 
     def grow(self, item: str, phase_name: str, **how: Any) -> None:
@@ -148,9 +149,15 @@ class Recorder:
         extra: dict | None = None,
         bad_steps: int = 0,
     ) -> Progress:
-        """Make everything saved so far the newest state."""
+        """Make everything saved so far the newest state.
+
+        Raises:
+            RunError: a file that describes the run was changed or removed since it began, so that nobody could open
+                what this would commit; or as `Store.commit`. The state before stays the newest.
+        """
         self.number += 1
         self.log.sync()
+        by_first_process(lambda: entries.check_digests(self._run_dir, self._digests))
         progress = Progress(
             number=self.number,
             phase=phase,

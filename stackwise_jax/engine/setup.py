@@ -11,7 +11,8 @@ from stackwise_jax.adapters import check_targets
 from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.curriculum import Phase, Plan, make_plan
 from stackwise_jax.data import Dataset, Loader, Tokenizer, load_datasets, load_tokenizer, training_texts
-from stackwise_jax.engine.description import check_files
+from stackwise_jax.engine.description import check_files, read_config, with_origin
+from stackwise_jax.engine.entries import CONFIG
 from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.engine.source import Origin, Source, adapters_for, origin_for, saved_items
 from stackwise_jax.engine.step import TaskSpec
@@ -101,7 +102,7 @@ def start_devices(config: StackWiseConfig) -> Placement:
 
 
 def prepare(config: StackWiseConfig, run_dir: Path, rack: Rack | None = None) -> Setup:
-    """Build the parts of a run.
+    """Build the parts of a run. A run that has been begun knows where it started from: that may be left out.
 
     Args:
         rack: a rack built by hand (unlike stacks, frozen stacks); None: the one that the configuration describes.
@@ -111,8 +112,10 @@ def prepare(config: StackWiseConfig, run_dir: Path, rack: Rack | None = None) ->
         RunError: the run directory holds a run of which a file was changed.
     """
     placement = start_devices(config)
-    if run_dir.is_dir():
-        check_files(run_dir)  # before the tokenizer or an item in it is used
+    if (
+        run_dir.is_dir() and check_files(run_dir) is not None and (run_dir / CONFIG).exists()
+    ):  # before any of it is used
+        config = with_origin(config, read_config(run_dir))
     seed = config.run.seed
     tokenizer = load_tokenizer(config.tokenizer, lambda: training_texts(config.data, seed), run_dir / "tokenizer")
     if rack is None:

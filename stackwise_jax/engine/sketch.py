@@ -7,6 +7,7 @@ vocabulary is the one that is written, and there are as many batches as the long
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import numpy as np
 from stackwise_jax.config import StackWiseConfig, validate
 from stackwise_jax.curriculum import make_plan
 from stackwise_jax.data import Dataset, load_tokenizer
+from stackwise_jax.engine.description import ADAPTERS, check_files
 from stackwise_jax.engine.setup import Setup, prepare, start_devices
 from stackwise_jax.engine.shape import rack_shape
+from stackwise_jax.engine.source import Source, saved_items
+from stackwise_jax.errors import UsageError
 from stackwise_jax.model import create_rack_from_config, padded_vocab, regroup
 
 BUILT_IN = ("python-docs", "synthetic")
@@ -55,9 +59,17 @@ def sketch(config: StackWiseConfig, run_dir: Path) -> Setup:
 
     Raises:
         UsageError: the configuration cannot be run.
+        RunError: a file of this run, or of one that it starts from, was changed.
     """
-    if known_text(config) and config.run.init_from is None:
+    sources = {"run.init_from": config.run.init_from, ADAPTERS: config.curriculum.adapters.load_from}
+    there = {key: path for key, path in sources.items() if path is not None and os.path.isdir(path)}
+    if known_text(config) and (config.run.init_from is None or "run.init_from" in there):
         return prepare(config, run_dir)
+    if run_dir.is_dir():
+        check_files(run_dir)
+    if not saved_items(run_dir):  # what has been saved is no longer taken from another run
+        for key, path in there.items():
+            _check_source(key, path)
     placement = start_devices(config)
     tokenizer = _tokenizer(config)
     rack = create_rack_from_config(config, tokenizer.vocab_size)
@@ -68,6 +80,14 @@ def sketch(config: StackWiseConfig, run_dir: Path) -> Setup:
     nothing_NT = np.broadcast_to(np.int32(0), (n, config.data.seq_len))  # one number, seen N * T times
     text = Dataset(nothing_NT, nothing_NT, nothing_NT, n_bytes=0, fingerprint="")
     return Setup(config, run_dir, tokenizer, rack, plan, placement, text, text)
+
+
+def _check_source(key: str, path: str) -> None:
+    """Refuse a folder that is no run, or one that was changed. One that is not there yet is not looked for."""
+    try:
+        Source(path)
+    except UsageError as error:
+        raise UsageError(f"{key}: {error}") from None
 
 
 def _tokenizer(config: StackWiseConfig) -> Any:

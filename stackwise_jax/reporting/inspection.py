@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from stackwise_jax.checkpoint import Location, Progress, Store, readable
+from stackwise_jax.checkpoint.files import read_json
+from stackwise_jax.checkpoint.items import META, check_complete
 from stackwise_jax.engine.description import read_config, read_rows
-from stackwise_jax.engine.entries import CHECKPOINTS, CONFIG, PHASES, check_digests, check_entries
+from stackwise_jax.engine.entries import CHECKPOINTS, CONFIG, FIXED, PHASES, check_digests, check_entries
 from stackwise_jax.errors import RunError, UsageError
 from stackwise_jax.memory.quantized import QuantizedTensor, dequantize
 
@@ -41,8 +44,9 @@ def inspect_path(path: str | Path, stack: int | None = None, norms: bool = False
     location = readable(path)
     if location is None and (path / CONFIG).is_file():
         location = Location("run", path.absolute() / CHECKPOINTS)  # killed before its first checkpoint
-    if location is not None and location.kind == "run":
-        check_entries(path)
+    run_dir = None if location is None else _run_of(location)
+    if run_dir is not None:
+        check_entries(run_dir)
     if location is None:
         raise UsageError(f"{path} holds no run and no checkpoint; name a run directory, its checkpoints/ or an item")
     if stack is not None and location.kind == "item":
@@ -53,6 +57,8 @@ def inspect_path(path: str | Path, stack: int | None = None, norms: bool = False
         store.hold()
     records = list(_records(store, damage))
     report: dict[str, Any] = {"kind": location.kind, "path": str(path)}
+    if run_dir is not None and records:
+        _found(lambda: check_digests(run_dir, records[-1].digests), damage)
     if location.kind == "run":
         report |= _run(path, records, damage)
     report["records"] = [_record(record) for record in records]
@@ -61,6 +67,13 @@ def inspect_path(path: str | Path, stack: int | None = None, norms: bool = False
     if location.version is not None and damage:
         raise RunError(damage[-1])
     return report
+
+
+def _run_of(location: Location) -> Path | None:
+    """The directory of the run that is looked into as a whole, or whose store is; None: an item, or a store alone."""
+    run_dir = location.store.parent
+    in_run = location.store.name == CHECKPOINTS and any(os.path.lexists(run_dir / name) for name in FIXED)
+    return run_dir if location.kind == "run" or (location.kind == "store" and in_run) else None
 
 
 def _records(store: Store, damage: list[str]) -> Iterator[Progress]:
@@ -81,8 +94,6 @@ def _run(path: Path, records: list[Progress], damage: list[str]) -> dict[str, An
     """The part of the report that only a run has."""
     newest = records[-1] if records else None
     found = lambda read: _found(read, damage)
-    if newest:
-        found(lambda: check_digests(path, newest.digests))
     config = found(lambda: read_config(path).to_dict()) if (path / CONFIG).exists() else {}
     phases = found(lambda: _phases(path)) if (path / PHASES).exists() else []
     config, phases = config or {}, phases or []
@@ -169,6 +180,7 @@ def _item(store: Store, name: str, version: int, norms: bool) -> dict[str, Any]:
     """One version of an item: its meta, its leaves and, if asked, their norms."""
     path = store.path(name, version)
     shapes = dict(_leaves(store.item_shapes(name, version)))
+    _check_names(path)
     leaves = [
         {"name": leaf, "shape": list(s.shape), "dtype": s.dtype.name, "bytes": s.size * s.dtype.itemsize}
         for leaf, s in shapes.items()
@@ -189,6 +201,20 @@ def _item(store: Store, name: str, version: int, norms: bool) -> dict[str, Any]:
                 leaf["norm"] = found[leaf["name"]]
         item["norm"] = math.hypot(*found.values())
     return item | {"leaves": leaves}
+
+
+def _check_names(path: Path) -> None:
+    """Look whether an item has the files that its meta lists, and no others.
+
+    Raises:
+        RunError: one is missing, or one is not listed.
+    """
+    listed = read_json(path / META)["files"]
+    found = check_complete(path, {"files": {}})
+    if missing := sorted(listed.keys() - found.keys()):
+        raise RunError(f"{path / missing[0]} is missing; restore it from a copy")
+    if stray := sorted(found.keys() - listed.keys()):
+        raise RunError(f"{path / stray[0]} is not part of the checkpoint ({META} does not list it); remove that file")
 
 
 def _norms(tree: Any, fmt: str, path: str = "") -> Iterator[tuple[str, float]]:
