@@ -38,7 +38,7 @@ def check_index(item: Path, sizes: Mapping[str, int]) -> None:
     left = INDEX // BLOCK
     for name in (name for name, size in sizes.items() if size):
         content = np.memmap(item / name, np.uint8, "r")
-        for found in _MAGIC.finditer(content):
+        for found in _MAGIC.finditer(content.data):
             start = found.start()
             length = int.from_bytes(content[start + 4 : start + 12].tobytes(), "little")
             if not _HEAD + _TAIL <= length <= len(content) - start:
