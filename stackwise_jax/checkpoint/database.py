@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -38,8 +37,8 @@ def check_index(item: Path, sizes: Mapping[str, int]) -> None:
     """
     left = INDEX // BLOCK
     for name in (name for name, size in sizes.items() if size):
-        content: Any = np.memmap(item / name, np.uint8, "r")
-        for found in _MAGIC.finditer(content):
+        content = np.memmap(item / name, np.uint8, "r")
+        for found in _MAGIC.finditer(content.data):
             start = found.start()
             length = int.from_bytes(content[start + 4 : start + 12].tobytes(), "little")
             if not _HEAD + _TAIL <= length <= len(content) - start:
