@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from stackwise_jax.config.keys import describe, hint_of, list_keys, section_hints, split_optional
+from stackwise_jax.config.keys import describe, hint_of, list_keys, section_hints, split_optional, value_of
 from stackwise_jax.config.paths import PATHS, expanded
 from stackwise_jax.config.schema import StackWiseConfig
 from stackwise_jax.config.unknown import COMMAND_LINE, refuse_unknown
@@ -23,7 +23,7 @@ from stackwise_jax.config.yaml_text import Plain, parse_yaml
 from stackwise_jax.errors import UsageError
 from stackwise_jax.files import read_regular
 
-MOST_BYTES = 2**20  # of a YAML file; the largest configuration with a list of phases is a hundredth of it
+MOST_BYTES = 2**24  # of a YAML file: 10,000 phases with all their keys take half of it
 Section = TypeVar("Section")
 Files = str | Path | Sequence[str | Path] | None
 
@@ -85,8 +85,18 @@ def config_from_dict(given: Mapping[str, Any], where: str = "configuration") -> 
 
 
 def resolved_yaml(config: StackWiseConfig) -> str:
-    """All keys with their values as YAML; `load_config` reads it back to an equal configuration."""
-    return yaml.dump(config.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """All keys with their values as YAML; `load_config` reads it back to an equal configuration.
+
+    Raises:
+        UsageError: the text is larger than what is read back.
+    """
+    text = yaml.dump(config.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if (size := len(text.encode())) > MOST_BYTES:
+        raise UsageError(
+            f"the configuration with all its keys has {size:,} bytes, and at most {MOST_BYTES:,} are read; write "
+            "shorter lists and texts"
+        )
+    return text
 
 
 def differing_keys(a: StackWiseConfig, b: StackWiseConfig) -> list[str]:
@@ -119,8 +129,7 @@ def _merged(base: StackWiseConfig, given: Any, where: str, written: Written) -> 
     for section in section_hints(StackWiseConfig):
         own = {key.name: key.default for key in list_keys() if key.name.startswith(f"{section}.")}
         if keys >= own.keys():
-            now = {name: value for name, value in _flat(config.to_dict()) if name in own}
-            keys -= {name for name, default in own.items() if now.get(name) == default}
+            keys -= {name for name, default in own.items() if value_of(config, name) == default}
     _forget_entries(written.keys, keys)
     written.keys |= keys
     return config
@@ -152,9 +161,11 @@ def _value(hint: Any, base: Any, value: Any, key: str, where: str, keys: set[str
         if value is None or (isinstance(value, Plain) and meaning(value) is None):  # all its lines are commented out
             return base if not optional else None
         return _changed(base or inner(), value, f"{key}.", where, keys)  # pyright: ignore[reportCallIssue]
-    _forget_entries(keys, {key})
     keys.add(key)
     if get_origin(inner) is list and dataclasses.is_dataclass(entry := get_args(inner)[0]) and isinstance(value, list):
+        if "[" not in key:  # a list inside an entry went with the entry
+            _forget_entries(keys, {key})
+            keys.add(key)
         return [
             _changed(entry(), {} if item is None else item, f"{key}[{i}].", where, keys)  # pyright: ignore
             for i, item in enumerate(value)
@@ -238,7 +249,7 @@ def _content(content: bytes, where: str) -> Any:
     return given
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
     """The safe dumper, without anchors for values that are the same object."""
 
     def ignore_aliases(self, data: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from stackwise_jax.config import Written
+from stackwise_jax.config.keys import value_of
 from stackwise_jax.config.schema import (
     AdaptersConfig,
     ObjectiveConfig,
@@ -85,7 +86,7 @@ def overruled(config: StackWiseConfig, written: Written, *, alone: bool = False)
     """
     found: dict[str, str] = {}
     for key, why in _without_effect(config, alone):
-        if key in written.keys and key not in found and _value(config, key) is not None:
+        if key in written.keys and key not in found and value_of(config, key) is not None:
             found[key] = f"{key} has no effect {why}"
     twice = [
         f"{key} is written more than once on the command line; the last one, {shown(text)}, counts"
@@ -166,7 +167,7 @@ def _noise_range(objective: ObjectiveConfig, prefix: str) -> Iterator[tuple[str,
 
 def _by_rules(rules: tuple[Rule, ...], section: Any, prefix: str) -> Iterator[tuple[str, str]]:
     for rule in rules:
-        value = _value(section, rule.under)
+        value = value_of(section, rule.under)
         if not rule.works(value):
             text = value if isinstance(value, str) else shown(value)
             yield from ((f"{prefix}{key}", f"under {prefix}{rule.under} {text}") for key in rule.keys.split())
@@ -213,12 +214,3 @@ def _inner(name: str, prefix: str) -> list[str]:
         return [f"{prefix}{name}"]
     # what it loads is looked at in every plan that has adapters
     return [f"{prefix}adapters.{key.name}" for key in dataclasses.fields(AdaptersConfig) if key.name != "load_from"]
-
-
-def _value(section: Any, key: str) -> Any:
-    """The value of a key with dots and places in lists."""
-    for name in key.replace("]", "").replace("[", ".").split("."):
-        section = section[int(name)] if name.isdigit() else getattr(section, name)
-        if section is None:
-            return None
-    return section

@@ -182,11 +182,12 @@ def check_plan(run_dir: Path, rows: list[dict[str, Any]], plan: Plan) -> None:
 def write_description(run_dir: Path, plan: Plan, rack: Rack, config: StackWiseConfig) -> None:
     """Write the plan, the rack and the configuration of a run, whose paths become absolute: the run can be read from
     any working directory. Raises RunError when the disk does not take them."""
-    entries.write(run_dir / PHASES, json.dumps(plan_to_json(plan), indent=2) + "\n")
-    entries.write(run_dir / RACK, json.dumps(rack_to_dict(rack), indent=2) + "\n")
     for key in (*PATHS, "cache.dir", "run.dir"):
         config = _absolute(config, key.split("."))
-    entries.write(run_dir / CONFIG, resolved_yaml(config))
+    text = resolved_yaml(config)  # which may be refused, and then nothing is written
+    entries.write(run_dir / PHASES, json.dumps(plan_to_json(plan), indent=2) + "\n")
+    entries.write(run_dir / RACK, json.dumps(rack_to_dict(rack), indent=2) + "\n")
+    entries.write(run_dir / CONFIG, text)
 
 
 def value_at(config: Any, key: str) -> Any:
