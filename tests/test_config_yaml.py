@@ -106,6 +106,39 @@ def test_quotes_make_text():
     assert load_config(None, ["--run.sample_prompt=null"]).run.sample_prompt == "null"
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ('run.name="null"', "null"),
+        ("run.name='it''s'", "it's"),
+        ('run.name="', '"'),
+        ('run.name=a"b"', 'a"b"'),
+        ('run.sample_prompt="a\\nb"', "a\nb"),
+        ("objective.kind='mlm'", "mlm"),
+    ],
+)
+def test_quotes_on_the_command_line_are_those_of_yaml(override, value):
+    section, name = override.partition("=")[0].split(".")
+    assert getattr(getattr(load_config(None, [f"--{override}"]), section), name) == value
+
+
+def test_what_is_wrong_in_quotes_on_the_command_line_is_refused():
+    assert 'run.seed is "3"; write a whole number' in refused(load_config, None, ["--run.seed='3'"])
+    text = refused(load_config, None, ['--run.sample_prompt="a" and "b"'])
+    assert text.startswith("command line: run.sample_prompt, line 1: this is no valid YAML")
+
+
+@pytest.mark.parametrize("key", ["curriculum.stages", "curriculum.frozen_stacks"])
+def test_a_list_whose_lines_are_all_commented_out_is_left_out(key, tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("curriculum: {stages: [{steps: 3}], frozen_stacks: [bf16]}")
+    second.write_text(f"curriculum:\n  {key.partition('.')[2]}:\n  # - bf16\n")
+    assert load_config(second) == StackWiseConfig()
+    config, written = load_written([first, second])
+    assert config == load_config(first) and key in written.keys
+    assert f"{key} is null; write a list" in refused(load_config, None, [f"--{key}="])
+
+
 @pytest.mark.parametrize("name", ["null", "~", "", "1e3", "0o10", "on", "- x", "a: b", "#", "*x", "&x", "!x", "é\n\tx"])
 def test_every_text_comes_back_from_a_stored_configuration(name):
     config = config_from_dict({"run": {"sample_prompt": name, "name": name}})
@@ -253,6 +286,7 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
             value = value[name]
         assert value == str(tmp_path / ("x" if key == "data.path" else "there")), key
     assert load_config(None, ["--run.sample_prompt=~/x"]).run.sample_prompt == "~/x"
+    assert load_config(None, ["--run.dir=~"]).run.dir == str(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from key_observers import cache_choice, paths, phases, rates, steps, text, tokenizer
 from test_dead_keys import TINY, configure
 
-from stackwise_jax.config import load_config, load_written, validate
+from stackwise_jax.config import load_config, load_written, resolved_yaml, validate
 from stackwise_jax.curriculum import overruled
 from stackwise_jax.train import main as train
 
@@ -136,11 +138,31 @@ def test_what_has_an_effect_gets_none(line):
     assert lines(line) == []
 
 
-def test_a_later_file_or_the_command_line_over_a_file_is_what_they_are_for(tmp_path):
-    (tmp_path / "a.yaml").write_text("run: {seed: 1}\nmodel: {d_model: 64}\n")
-    (tmp_path / "b.yaml").write_text("run: {seed: 2}\n")
-    config, written = load_written([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["--model.d_model=32"])
-    assert overruled(config, written) == []
+def test_what_wins_over_a_file_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(
+        "run: {seed: 1, keep: 4}\nmodel: {d_model: 64, d_ff: 96}\ncurriculum: {stages: [{steps: 3}]}\n"
+    )
+    Path("b.yaml").write_text("model: {d_model: 32, d_ff: 96}\n")
+    Path("c.yaml").write_text("curriculum: {stages: [{steps: 3}, {steps: 4}]}\n")
+    assert overruled(*load_written(["a.yaml", "b.yaml"])) == ["model.d_model 32 of b.yaml counts, not 64 of a.yaml"]
+    assert overruled(*load_written("a.yaml", ["--run.seed=2", "--run.seed=1", "--run.keep=4"]))[1:] == []
+    assert overruled(*load_written("a.yaml", ["--run.seed=2", "--run.keep=3", "--model.n_heads=2"])) == [
+        "run.seed 2 and run.keep 3 of the command line count, not 1 and 4 of a.yaml"
+    ]
+    assert overruled(*load_written(["a.yaml", "b.yaml", "c.yaml"], ["--model.d_model=16"])) == [
+        "model.d_model 32 of b.yaml counts, not 64 of a.yaml",
+        "curriculum.stages with 2 entries of c.yaml counts, not with 1 entry of a.yaml",
+        "model.d_model 16 of the command line counts, not 32 of b.yaml",
+    ]
+
+
+def test_a_default_in_a_resolved_file_wins_over_an_earlier_file_and_is_nobodys_to_lose(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("run: {seed: 1}")
+    Path("all.yaml").write_text(resolved_yaml(load_config()))
+    assert overruled(*load_written(["a.yaml", "all.yaml"])) == ["run.seed 0 of all.yaml counts, not 1 of a.yaml"]
+    assert overruled(*load_written(["all.yaml", "a.yaml"])) == []
 
 
 def test_a_plan_says_that_it_looks_at_one_process():

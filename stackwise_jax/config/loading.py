@@ -7,7 +7,7 @@ be right.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -34,6 +34,16 @@ class Written:
 
     keys: set[str] = field(default_factory=set)  # such as model.d_model or curriculum.stages[0].lr
     repeated: dict[str, str] = field(default_factory=dict)  # key -> the text that counts; twice on the command line
+    in_files: dict[str, tuple[str, Any]] = field(default_factory=dict)  # key -> the file that counts, and its value
+    # (what wins, the file that loses) -> key -> (the value that counts, the one that does not)
+    replaced: dict[tuple[str, str], dict[str, tuple[Any, Any]]] = field(default_factory=dict)
+
+    def replace(self, config: StackWiseConfig, keys: Set[str], winner: str) -> None:
+        """Note which of these keys, now as `config` has them, an earlier file wrote with another value."""
+        for key in [key for key in self.in_files if key in keys]:
+            now, (file, before) = value_of(config, key), self.in_files[key]
+            if now != before:
+                self.replaced.setdefault((winner, file), {})[key] = now, before
 
 
 def load_config(files: Files = None, overrides: Sequence[str] = ()) -> StackWiseConfig:
@@ -63,6 +73,7 @@ def load_written(files: Files = None, overrides: Sequence[str] = ()) -> tuple[St
             written.repeated[key] = text
         texts[key] = text
         config = _changed(config, _nested(key, _from_command_line(key, text)), "", COMMAND_LINE, written.keys)
+    written.replace(config, texts.keys(), f"the {COMMAND_LINE}")
     return config, written
 
 
@@ -126,12 +137,15 @@ def _merged(base: StackWiseConfig, given: Any, where: str, written: Written) -> 
     """
     keys: set[str] = set()
     config = _changed(base, given, "", where, keys)
+    whole = {key for key in keys if "[" not in key}
+    written.replace(config, whole, where)
     for section in section_hints(StackWiseConfig):
         own = {key.name: key.default for key in list_keys() if key.name.startswith(f"{section}.")}
         if keys >= own.keys():
             keys -= {name for name, default in own.items() if value_of(config, name) == default}
     _forget_entries(written.keys, keys)
     written.keys |= keys
+    written.in_files |= {key: (where, value_of(config, key)) for key in whole & (keys | written.in_files.keys())}
     return config
 
 
@@ -161,6 +175,8 @@ def _value(hint: Any, base: Any, value: Any, key: str, where: str, keys: set[str
         if value is None or (isinstance(value, Plain) and meaning(value) is None):  # all its lines are commented out
             return base if not optional else None
         return _changed(base or inner(), value, f"{key}.", where, keys)  # pyright: ignore[reportCallIssue]
+    if get_origin(inner) is list and value is None and where != COMMAND_LINE:  # the same
+        return base
     keys.add(key)
     if get_origin(inner) is list and dataclasses.is_dataclass(entry := get_args(inner)[0]) and isinstance(value, list):
         if "[" not in key:  # a list inside an entry went with the entry
@@ -179,14 +195,16 @@ def _value(hint: Any, base: Any, value: Any, key: str, where: str, keys: set[str
 
 
 def _from_command_line(key: str, text: str) -> Any:
-    """What the text of an override stands for: a list is YAML, text that may not be null is taken as it is."""
+    """What the text of an override stands for: what is quoted and a list are YAML; text that may not be null and the
+    path ~ are taken as they are."""
     hint = hint_of(key)
     if hint is None:
         refuse_unknown(key, COMMAND_LINE)
     inner, optional = split_optional(hint)
-    if get_origin(inner) is list:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if get_origin(inner) is list or quoted:
         return parse_yaml(text, f"{COMMAND_LINE}: {key}")
-    return text if inner is str and not optional else Plain(text)
+    return text if (inner is str and not optional) or (key in PATHS and text == "~") else Plain(text)
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -92,7 +92,28 @@ def overruled(config: StackWiseConfig, written: Written, *, alone: bool = False)
         f"{key} is written more than once on the command line; the last one, {shown(text)}, counts"
         for key, text in written.repeated.items()
     ]
-    return twice + _attention(config, written) + list(found.values())
+    return twice + _replaced(written) + _attention(config, written) + list(found.values())
+
+
+def _replaced(written: Written) -> list[str]:
+    """A line for each file some of whose values a later file or the command line replaces."""
+    lines = []
+    for (winner, loser), keys in written.replaced.items():
+        counts = [f"{key} {_briefly(now)}" for key, (now, _) in keys.items()]
+        others = [_briefly(before) for _, before in keys.values()]
+        verb = "counts" if len(keys) == 1 else "count"
+        lines.append(f"{_and(counts)} of {winner} {verb}, not {_and(others)} of {loser}")
+    return lines
+
+
+def _briefly(value: Any) -> str:
+    if isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
+        return f"with {len(value)} {'entry' if len(value) == 1 else 'entries'}"
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 100 else shown(value)
+
+
+def _and(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
 
 
 def _without_effect(config: StackWiseConfig, alone: bool) -> Iterator[tuple[str, str]]:
