@@ -40,7 +40,7 @@ class Written:
 
     def replace(self, config: StackWiseConfig, keys: Set[str], winner: str) -> None:
         """Note which of these keys, now as `config` has them, an earlier file wrote with another value."""
-        for key in [key for key in self.in_files if key in keys]:
+        for key in sorted(keys & self.in_files.keys()):
             now, (file, before) = value_of(config, key), self.in_files[key]
             if now != before:
                 self.replaced.setdefault((winner, file), {})[key] = now, before
