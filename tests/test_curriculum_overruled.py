@@ -128,7 +128,7 @@ def lines(line: str, **how) -> list[str]:
             "curriculum.frozen_stacks has no effect under curriculum.plan rackwise, in which everything learns",
         ),
         (
-            'curriculum.frozen=nf4 model.architecture.n_stacks=2 curriculum.stages=[{"frozen":"int8"},{"frozen":"fp8"}]',
+            'curriculum.plan=fusion curriculum.frozen=nf4 curriculum.stages=[{"frozen":"int8"}]',
             "curriculum.frozen has no effect beside the frozen of each entry of stages",
         ),
         (

@@ -17,6 +17,7 @@ from stackwise_jax.config.schema import (
     CurriculumConfig,
     DataConfig,
     ObjectiveConfig,
+    PhaseConfig,
     PlanConfig,
     StackWiseConfig,
     StageConfig,
@@ -167,8 +168,13 @@ def _of_data(data: DataConfig) -> Iterator[tuple[str, str]]:
         yield "data.text_key", "without a file of jsonl" if other else f"under data.source {data.source}"
 
 
-def _phases(plan: PlanConfig, config: StackWiseConfig) -> tuple[Phase, ...]:
-    """The phases of a plan as they are before their own settings; none where it cannot be made, which is said later."""
+def _phases(plan: PlanConfig, config: StackWiseConfig) -> Sequence[Phase | PhaseConfig]:
+    """The phases of a plan before their own settings, where a rule asks for them; none where it cannot be made, which
+    is said later."""
+    if plan.plan == "custom":
+        return plan.phases
+    if not plan.stages and config.objective.time != "depth":
+        return ()
     keys = {key.name: getattr(plan, key.name) for key in dataclasses.fields(PlanConfig)}
     config = dataclasses.replace(config, curriculum=CurriculumConfig(**keys))
     try:
@@ -189,7 +195,7 @@ def _each_has(names: Sequence[str], plan: PlanConfig, n_phases: int) -> bool:
     )
 
 
-def _has_levels(plan: PlanConfig, phases: Sequence[Phase]) -> bool:
+def _has_levels(plan: PlanConfig, phases: Sequence[Phase | PhaseConfig]) -> bool:
     """Whether under objective.time depth each phase works at one level: that of its new stacks, where more follow."""
     return PLANS[plan.plan].noise == "stage" and len(phases) > 1 and set(phases[0].path) < set(phases[-1].path)
 
