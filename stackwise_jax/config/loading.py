@@ -267,7 +267,10 @@ def _content(content: bytes, where: str) -> Any:
     return given
 
 
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of libyaml, where PyYAML has it
+
+
+class _Dumper(_SafeDumper):
     """The safe dumper, without anchors for values that are the same object."""
 
     def ignore_aliases(self, data: Any) -> bool:
