@@ -12,9 +12,10 @@ from stackwise_jax.config.bounds import COUNTER
 from stackwise_jax.config.schema import ObjectiveKind
 from stackwise_jax.curriculum.phase import AttentionMode
 from stackwise_jax.errors import UsageError
-from stackwise_jax.reporting import add_common, run_command
+from stackwise_jax.reporting import add_common, print_notes, run_command
 from stackwise_jax.reporting.terminal import say
 
+DRAWS = 4
 MOST_DRAWS = 10_000  # their mean is a hundred times as exact as one of them
 _MEASURES = {
     "none": "next token",
@@ -40,8 +41,8 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--batches", type=whole_number(0, COUNTER), default=0, help="at most so many batches; 0: the whole text"
     )
-    draws = "mlm, diffusion: corruptions of the text to average over"
-    parser.add_argument("--draws", type=whole_number(1, MOST_DRAWS), default=4, help=draws)
+    draws = f"mlm, diffusion: corruptions of the text to average over; not given: {DRAWS}"
+    parser.add_argument("--draws", type=whole_number(1, MOST_DRAWS), help=draws)
     kinds, modes = get_args(ObjectiveKind), get_args(AttentionMode)
     parser.add_argument("--objective", choices=kinds, help="another one than the last phase was trained on")
     parser.add_argument("--attention_mode", choices=modes, help="another one; not given: what goes with the objective")
@@ -56,10 +57,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     # Batches pass one stack after the other, and only that one has to be on the device.
     experts = load_experts(args.run, "host") if args.depth is None else [load_rack(args.run, args.depth, "host")]
-    loaded, measure = experts[-1], {"limit": args.batches, "draws": args.draws}
+    loaded, measure = experts[-1], {"limit": args.batches, "draws": args.draws or DRAWS}
     dataset = held_out_text(loaded, args.path)
     if len(experts) == 1:
         task = task_of(loaded, args.objective, args.attention_mode)
+        if args.draws is not None and task.objective.kind == "clm":
+            print_notes(["--draws has no effect under objective clm, which hides nothing"])
         result = evaluate_run(loaded, dataset, task=task, **measure)
     elif args.objective or args.attention_mode:
         raise UsageError(

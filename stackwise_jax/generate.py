@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stackwise_jax.config import CommandParser, number, path, whole_number
 from stackwise_jax.config.bounds import COUNTER, SAMPLE, SEED
 from stackwise_jax.errors import UsageError
-from stackwise_jax.reporting.command import add_common, run_command
+from stackwise_jax.reporting.command import add_common, print_notes, run_command
 from stackwise_jax.reporting.terminal import printable, say
 
 if TYPE_CHECKING:
@@ -40,18 +40,14 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--top_k",
         type=whole_number(0, COUNTER),
-        default=0,
-        help="only the k likeliest tokens; 0: all (default: %(default)s)",
+        help="only the k likeliest tokens; 0: all (default: 0)",
     )
     parser.add_argument(
         "--top_p",
         type=number,
-        default=1.0,
-        help="only the likeliest tokens that reach this probability together; 1: all (default: %(default)s)",
+        help="only the likeliest tokens that reach this probability together; 1: all (default: 1)",
     )
-    parser.add_argument(
-        "--seed", type=whole_number(0, SEED), default=0, help="the same seed gives the same text (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=whole_number(0, SEED), help="the same seed gives the same text (default: 0)")
     parser.add_argument(
         "--steps",
         type=whole_number(1, SAMPLE),
@@ -88,16 +84,17 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 
     if not _is_text(args.prompt):
         raise UsageError("--prompt holds bytes that are no UTF-8 text; write it in UTF-8")
+    print_notes(_without_effect(args))
     runs = load_models(args.run, args.depth)
     start = time.perf_counter()
     result = sample(
         **model_of(runs),
         prompt=args.prompt,
         max_tokens=args.max_tokens,
-        seed=args.seed,
+        seed=args.seed or 0,
         temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
+        top_k=args.top_k or 0,
+        top_p=1.0 if args.top_p is None else args.top_p,
         steps=args.steps,
         order=args.order,
         block_size=args.block_size,
@@ -119,6 +116,14 @@ def load_models(run_dir: str, depth: int | None) -> list[LoadedRun]:
     from stackwise_jax.engine import load_experts, load_rack
 
     return load_experts(run_dir) if depth is None else [load_rack(run_dir, depth=depth)]
+
+
+def _without_effect(args: argparse.Namespace) -> Iterator[str]:
+    """Options that were given and change nothing where the likeliest token is always taken."""
+    if args.temperature == 0:
+        for name in ("top_k", "top_p", "seed"):
+            if getattr(args, name) is not None and not (name == "seed" and args.order == "random"):
+                yield f"--{name} has no effect under --temperature 0, which takes the likeliest token"
 
 
 def _is_text(argument: str) -> bool:

@@ -79,6 +79,13 @@ def test_evaluate_measures_at_any_depth_and_on_a_text_of_ones_own(run_dir, tmp_p
     assert say(evaluate, run_dir, "--data.path", mine, "--json").answer["loss"] > said.answer["loss"]
 
 
+def test_draws_without_effect_are_named(run_dir, say):
+    assert say(evaluate, run_dir, "--batches", 1).err == ""
+    drawn = say(evaluate, run_dir, "--batches", 1, "--draws", 4)
+    assert drawn.err == "note: --draws has no effect under objective clm, which hides nothing\n"
+    assert say(evaluate, run_dir, "--batches", 1, "--draws", 1, "--objective", "diffusion").err == ""
+
+
 def test_generate_continues_a_prompt(run_dir, say):
     said = say(generate, run_dir, "--prompt", "AB", "--max_tokens", 6, "--json")
     assert said.code == 0 and said.answer["tokens"] == 6 and said.answer["text"].startswith("AB")

@@ -166,8 +166,8 @@ def test_wrong_type_names_file_key_value_and_remedy(write, text, expected):
         ("model: {d_model: 64\n", "this is no valid YAML"),
         ("model:\n  d_model: 64\n n_heads: 4\n", "line 3: this is no valid YAML"),
         ("model:\n\td_model: 64\n", "line 2: this is no valid YAML"),
-        ("model: {d_model: 1}\nmodel: {n_heads: 2}\n", "line 2: this is no valid YAML (the key model stands twice)"),
-        ("model: !!python/object/apply:os.getcwd []", "line 1: this is no valid YAML"),
+        ("model: {d_model: 1}\nmodel: {n_heads: 2}\n", "line 2: the key model stands twice"),
+        ("model: !!python/object/apply:os.getcwd []", "line 1: tags are not read here"),
     ],
 )
 def test_broken_files(write, text, expected):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from key_observers import cache_choice, paths, phases, rates, steps, text, tokenizer
 from test_dead_keys import TINY, configure
 
-from stackwise_jax.config import load_config, load_written, validate
+from stackwise_jax.config import load_config, load_written, resolved_yaml, validate
 from stackwise_jax.curriculum import overruled
 from stackwise_jax.train import main as train
 
 
 def lines(line: str, **how) -> list[str]:
     config, written = load_written(None, [f"--{part}" for part in line.split()])
-    validate(config)
+    validate(config, files=False)
     return overruled(config, written, **how)
 
 
@@ -105,6 +107,52 @@ def lines(line: str, **how) -> list[str]:
             'curriculum.plan=custom curriculum.steps=9 curriculum.phases=[{"steps":3}]',
             "curriculum.steps has no effect beside the steps of each entry of phases",
         ),
+        (
+            "data.source=jsonl data.path=README.txt",
+            'data.source has no effect on data.path "README.txt", whose name ends in .txt',
+        ),
+        (
+            "data.source=text data.path=a.jsonl",
+            'data.source has no effect on data.path "a.jsonl", whose name ends in .jsonl',
+        ),
+        (
+            "curriculum.frozen=nf4 curriculum.frozen_stacks=[nf4,nf4,nf4,nf4]",
+            "curriculum.frozen has no effect on stacks under curriculum.frozen_stacks, only on embedding and head",
+        ),
+        (
+            "curriculum.plan=grow curriculum.frozen_stacks=[nf4,nf4,nf4,nf4]",
+            "curriculum.frozen_stacks has no effect under curriculum.plan grow, in which everything learns",
+        ),
+        (
+            "curriculum.plan=rackwise curriculum.frozen_stacks=[nf4,nf4,nf4,nf4]",
+            "curriculum.frozen_stacks has no effect under curriculum.plan rackwise, in which everything learns",
+        ),
+        (
+            'curriculum.plan=fusion curriculum.frozen=nf4 curriculum.stages=[{"frozen":"int8"}]',
+            "curriculum.frozen has no effect beside the frozen of each entry of stages",
+        ),
+        (
+            "objective.kind=diffusion objective.time=depth objective.noise=elbo",
+            "objective.noise has no effect under objective.time depth, where each phase has the level of its stacks",
+        ),
+        (
+            "objective.kind=diffusion objective.time=depth objective.levels=[1,.7,.5,.2] objective.schedule=cosine",
+            "objective.schedule has no effect under objective.levels [1.0, 0.7, 0.5, 0.2]",
+        ),
+        (
+            'curriculum.steps=9 curriculum.stages=[{"steps":1},{"steps":2},{"steps":3},{"steps":4}]',
+            "curriculum.steps has no effect beside the steps of each entry of stages",
+        ),
+        (
+            'curriculum.steps_growth=2 curriculum.stages=[{"steps":1},{"steps":2},{"steps":3},{"steps":4}]',
+            "curriculum.steps_growth has no effect beside the steps of each entry of stages",
+        ),
+        (
+            'optimizer.lr=0.1 curriculum.stages=[{"lr":1},{"lr":2},{"lr":3},{"optimizer":{"lr":4}}]',
+            "optimizer.lr has no effect beside the lr or optimizer of each entry of stages or phases",
+        ),
+        ("data.source=text data.path=a.txt data.text_key=x", "data.text_key has no effect without a file of jsonl"),
+        ("memory.check=off memory.host=8GB", "memory.host has no effect under memory.check off"),
         ("run.seed=1 run.seed=2", 'run.seed is written more than once on the command line; the last one, "2", counts'),
         ("model.attention_preset=bert_style", "model.attention_preset bert_style means bidirectional attention, and"),
         ("model.attention_mode=bidirectional", "model.attention_mode bidirectional means bidirectional attention, and"),
@@ -124,7 +172,14 @@ def test_what_is_written_and_does_nothing_gets_a_line(line, expected):
         "model.attention_preset=gpt_style",
         "objective.kind=mlm model.attention_preset=bert_style objective.mask_fraction=0.2",
         "objective.kind=mlm objective.attention_mode=model model.attention_mode=causal",
-        "objective.kind=diffusion objective.time=depth objective.noise=elbo objective.min_fraction=0.2",
+        "objective.kind=diffusion objective.time=depth objective.noise=elbo objective.min_fraction=0.2 "
+        "curriculum.plan=rackwise",
+        "objective.kind=diffusion objective.time=depth objective.levels=[1,.7,.5,.2] objective.schedule=cosine "
+        "curriculum.plan=grow",
+        "objective.kind=diffusion objective.time=depth objective.noise=elbo curriculum.stacks_per_stage=[4]",
+        'curriculum.steps=9 curriculum.stages=[{"steps":1},{"steps":2},{"steps":3}]',
+        'optimizer.lr=0.1 curriculum.stages=[{"lr":1},{"lr":2},{"lr":3}]',
+        "data.source=text data.path=README.md",
         "curriculum.frozen=int8 model.quantized_matmul=native",
         "model.n_kv_heads=null tokenizer.path=null",
         "optimizer.name=muon optimizer.b2=0.9 optimizer.eps=1e-6",
@@ -136,11 +191,35 @@ def test_what_has_an_effect_gets_none(line):
     assert lines(line) == []
 
 
-def test_a_later_file_or_the_command_line_over_a_file_is_what_they_are_for(tmp_path):
-    (tmp_path / "a.yaml").write_text("run: {seed: 1}\nmodel: {d_model: 64}\n")
-    (tmp_path / "b.yaml").write_text("run: {seed: 2}\n")
-    config, written = load_written([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["--model.d_model=32"])
-    assert overruled(config, written) == []
+def test_what_wins_over_a_file_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(
+        "run: {seed: 1, keep: 4}\nmodel: {d_model: 64, d_ff: 96}\ncurriculum: {stages: [{steps: 3}]}\n"
+    )
+    Path("b.yaml").write_text("model: {d_model: 32, d_ff: 96}\n")
+    Path("c.yaml").write_text("curriculum: {stages: [{steps: 3}, {steps: 4}]}\n")
+    assert overruled(*load_written(["a.yaml", "b.yaml"])) == ["model.d_model 32 of b.yaml counts, not 64 of a.yaml"]
+    assert overruled(*load_written("a.yaml", ["--run.seed=2", "--run.seed=1", "--run.keep=4"]))[1:] == []
+    assert overruled(*load_written("a.yaml", ["--run.seed=2", "--run.keep=3", "--model.n_heads=2"])) == [
+        "run.keep 3 and run.seed 2 of the command line count, not 4 and 1 of a.yaml"
+    ]
+    assert overruled(*load_written(["a.yaml", "b.yaml", "c.yaml"], ["--model.d_model=16"])) == [
+        "model.d_model 32 of b.yaml counts, not 64 of a.yaml",
+        "curriculum.stages with 2 entries of c.yaml counts, not with 1 entry of a.yaml",
+        "model.d_model 16 of the command line counts, not 32 of b.yaml",
+    ]
+
+
+def test_a_default_in_a_resolved_file_wins_over_an_earlier_file_and_is_nobodys_to_lose(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("run: {seed: 1}")
+    Path("all.yaml").write_text(resolved_yaml(load_config()))
+    assert overruled(*load_written(["a.yaml", "all.yaml"])) == ["run.seed 0 of all.yaml counts, not 1 of a.yaml"]
+    assert overruled(*load_written(["all.yaml", "a.yaml"])) == []
+
+
+def test_a_plan_looks_at_the_machine_that_is_named():
+    assert lines("memory.check=off memory.device=t4", alone=True) == []
 
 
 def test_a_plan_says_that_it_looks_at_one_process():
@@ -152,6 +231,7 @@ def test_a_plan_says_that_it_looks_at_one_process():
 
 
 BASE = {"objective.kind": "clm"}
+DEPTH = {"objective.kind": "diffusion", "objective.time": "depth"}
 DEAD = [
     ({}, "objective.mask_fraction", 0.3, steps),
     ({}, "objective.schedule", "cosine", steps),
@@ -167,6 +247,11 @@ DEAD = [
     ({"optimizer.schedule": "linear"}, "optimizer.decay", 0.5, rates),
     ({"optimizer.schedule": "constant"}, "optimizer.final_lr", 0.5, rates),
     ({"curriculum.budget": "60 steps"}, "curriculum.steps", 7, rates),
+    ({"curriculum.plan": "rackwise"}, "curriculum.frozen_stacks", ["nf4", "nf4"], steps),
+    ({"curriculum.stages": [{"steps": 2}, {"steps": 3}]}, "curriculum.steps_growth", 2.0, phases),
+    ({"curriculum.stages": [{"lr": 0.1}, {"lr": 0.2}]}, "optimizer.lr", 0.5, rates),
+    (DEPTH, "objective.noise", "elbo", phases),
+    (DEPTH | {"objective.levels": [0.9, 0.2]}, "objective.schedule", "cosine", phases),
     ({"curriculum.plan": "rackwise"}, "cache.kind", "recompute", cache_choice),
     ({"curriculum.plan": "prepend"}, "cache.kind", "recompute", cache_choice),
     ({"curriculum.plan": "joint"}, "cache.kind", "recompute", cache_choice),

@@ -61,12 +61,17 @@ the last value counts, and `--print_config` prints the result.
 Files are read by the core schema of YAML 1.2, and the command line gives the same text the same value:
 `010` is ten, `0o10` is eight, `1e-4` is a number; only `true` and `false` are such, and `yes`, `1:30` or
 `1_000` are text. A key for text takes what is written, but `null` where it may be null; quotes make text of
-everything. There are no anchors, tags or merge keys. `~` begins a path in the home directory.
+everything, also on the command line inside those of the shell: `--run.name='"null"'`. Anchors, tags, merge keys
+and second documents are not read. `~` begins a path in the home directory, and alone on the command line it is
+that directory; alone in a file it is null. A section or a list with nothing below it is left out. Files of
+at most 16 MiB are read, and a run writes none that is larger.
 
 What is written and has no effect under the chosen setting is named in a line on stderr before anything
-begins, for instance `note: objective.mask_fraction has no effect under objective.kind clm`. Values larger
-than anybody can mean are refused (`stackwise_jax/config/bounds.py`), and names of other programs are
-answered with the key here (`stackwise_jax/config/synonyms.py`).
+begins, for instance `note: objective.mask_fraction has no effect under objective.kind clm`. So is what a later
+file or the command line replaces of an earlier file: `note: model.d_model 32 of B.yaml counts, not 64 of A.yaml`.
+
+Values larger than anybody can mean are refused (`stackwise_jax/config/bounds.py`), and names of other programs
+are answered with the key here (`stackwise_jax/config/synonyms.py`).
 """
 
 

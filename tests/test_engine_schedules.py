@@ -61,7 +61,20 @@ def table_of_rates(cfg: OptimizerConfig, steps: int) -> np.ndarray:
 def test_a_rate_is_that_of_the_table_of_optax(schedule, steps, shape):
     warmup, decay, final_lr = shape
     cfg = OptimizerConfig(schedule=schedule, lr=3.7e-3, warmup=warmup, decay=decay, final_lr=final_lr)
-    assert rates_of(cfg, steps).tobytes() == table_of_rates(cfg, steps).tobytes()
+    rates, table = rates_of(cfg, steps), table_of_rates(cfg, steps)
+    if schedule == "cosine":  # XLA's cosine is not rounded exactly, and 1 + cos magnifies that where it is near 0
+        ulp = np.spacing(np.float32(cfg.lr))
+        np.testing.assert_allclose(rates, table, rtol=0, atol=ulp)
+    else:
+        assert rates.tobytes() == table.tobytes()
+
+
+def test_a_rate_needs_no_device(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", refuse)  # as under JAX_PLATFORMS=cuda
+    assert 0 < learning_rate(OptimizerConfig(schedule="cosine"), 100, 50) < OptimizerConfig().lr
 
 
 def test_a_rate_takes_no_longer_in_a_long_phase():

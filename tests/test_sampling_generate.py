@@ -66,6 +66,17 @@ def test_prints_the_text_and_ends_with_json(runs, capsys, name, depth):
     assert notes == ""
 
 
+def test_options_without_effect_are_named(runs, capsys):
+    cold = ["here", "--max_tokens", "2", "--temperature", "0"]
+    assert generate.main([*cold, "--top_k", "0", "--top_p", "0.5", "--seed", "3"]) == 0
+    notes = capsys.readouterr().err
+    why = "has no effect under --temperature 0, which takes the likeliest token"
+    assert notes == "".join(f"note: --{name} {why}\n" for name in ("top_k", "top_p", "seed"))
+    assert generate.main([*cold, "--seed", "3", "--order", "random"]) == 0
+    assert generate.main([*cold[:3], "--top_k", "2", "--seed", "3"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_says_so_when_the_text_is_longer_than_what_was_trained(runs, capsys):
     assert generate.main(["here", "--prompt", "x" * 260, "--max_tokens", "2", "--temperature", "0"]) == 0
     printed, notes = capsys.readouterr()

@@ -67,6 +67,15 @@ def values_of(section: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from values_of(entry, f"{key}[{i}]")
 
 
+def value_of(section: Any, key: str) -> Any:
+    """The value of a key with dots and places in lists; None also where one of its sections is None."""
+    for name in key.replace("]", "").replace("[", ".").split("."):
+        section = section[int(name)] if name.isdigit() else getattr(section, name)
+        if section is None:
+            return None
+    return section
+
+
 def hint_of(key: str) -> Any:
     """The type of a key or a section such as model.architecture; None: there is none of this name."""
     hint: Any = schema.StackWiseConfig

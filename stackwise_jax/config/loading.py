@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from stackwise_jax.config.keys import describe, hint_of, list_keys, section_hints, split_optional
+from stackwise_jax.config.keys import describe, hint_of, list_keys, section_hints, split_optional, value_of
 from stackwise_jax.config.paths import PATHS, expanded
 from stackwise_jax.config.schema import StackWiseConfig
 from stackwise_jax.config.unknown import COMMAND_LINE, refuse_unknown
@@ -24,7 +24,7 @@ from stackwise_jax.config.yaml_text import Plain, parse_yaml
 from stackwise_jax.errors import UsageError
 from stackwise_jax.files import read_regular
 
-MOST_BYTES = 2**20  # of a YAML file; the largest configuration with a list of phases is a hundredth of it
+MOST_BYTES = 2**24  # of a YAML file: 10,000 phases with all their keys take half of it
 Section = TypeVar("Section")
 Files = str | Path | Sequence[str | Path] | None
 
@@ -36,6 +36,16 @@ class Written:
     keys: set[str] = field(default_factory=set)  # such as model.d_model or curriculum.stages[0].lr
     repeated: dict[str, str] = field(default_factory=dict)  # key -> the text that counts; twice on the command line
     notes: list[str] = field(default_factory=list)  # sentences on what is read otherwise than it stands there
+    in_files: dict[str, tuple[str, Any]] = field(default_factory=dict)  # key -> the file that counts, and its value
+    # (what wins, the file that loses) -> key -> (the value that counts, the one that does not)
+    replaced: dict[tuple[str, str], dict[str, tuple[Any, Any]]] = field(default_factory=dict)
+
+    def replace(self, config: StackWiseConfig, keys: Set[str], winner: str) -> None:
+        """Note which of these keys, now as `config` has them, an earlier file wrote with another value."""
+        for key in sorted(keys & self.in_files.keys()):
+            now, (file, before) = value_of(config, key), self.in_files[key]
+            if now != before:
+                self.replaced.setdefault((winner, file), {})[key] = now, before
 
 
 def load_config(files: Files = None, overrides: Sequence[str] = ()) -> StackWiseConfig:
@@ -76,6 +86,7 @@ def load_written(files: Files = None, overrides: Sequence[str] = ()) -> tuple[St
         if len(moved) > 1:
             raise UsageError(f"--config names the configurations of {len(moved)} runs; write the run.dir that is meant")
         written.notes += moved[config.run.dir]
+    written.replace(config, texts.keys(), f"the {COMMAND_LINE}")
     return config, written
 
 
@@ -116,8 +127,18 @@ def config_from_dict(given: Mapping[str, Any], where: str = "configuration") -> 
 
 
 def resolved_yaml(config: StackWiseConfig) -> str:
-    """All keys with their values as YAML; `load_config` reads it back to an equal configuration."""
-    return yaml.dump(config.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """All keys with their values as YAML; `load_config` reads it back to an equal configuration.
+
+    Raises:
+        UsageError: the text is larger than what is read back.
+    """
+    text = yaml.dump(config.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if (size := len(text.encode())) > MOST_BYTES:
+        raise UsageError(
+            f"the configuration with all its keys has {size:,} bytes, and at most {MOST_BYTES:,} are read; write "
+            "shorter lists and texts"
+        )
+    return text
 
 
 def differing_keys(a: StackWiseConfig, b: StackWiseConfig) -> list[str]:
@@ -147,13 +168,15 @@ def _merged(base: StackWiseConfig, given: Any, where: str, written: Written) -> 
     """
     keys: set[str] = set()
     config = _changed(base, given, "", where, keys)
+    whole = {key for key in keys if "[" not in key}
+    written.replace(config, whole, where)
     for section in section_hints(StackWiseConfig):
         own = {key.name: key.default for key in list_keys() if key.name.startswith(f"{section}.")}
         if keys >= own.keys():
-            now = {name: value for name, value in _flat(config.to_dict()) if name in own}
-            keys -= {name for name, default in own.items() if now.get(name) == default}
+            keys -= {name for name, default in own.items() if value_of(config, name) == default}
     _forget_entries(written.keys, keys)
     written.keys |= keys
+    written.in_files |= {key: (where, value_of(config, key)) for key in whole & (keys | written.in_files.keys())}
     return config
 
 
@@ -183,9 +206,13 @@ def _value(hint: Any, base: Any, value: Any, key: str, where: str, keys: set[str
         if value is None or (isinstance(value, Plain) and meaning(value) is None):  # all its lines are commented out
             return base if not optional else None
         return _changed(base or inner(), value, f"{key}.", where, keys)  # pyright: ignore[reportCallIssue]
-    _forget_entries(keys, {key})
+    if get_origin(inner) is list and value is None and where != COMMAND_LINE:  # the same
+        return base
     keys.add(key)
     if get_origin(inner) is list and dataclasses.is_dataclass(entry := get_args(inner)[0]) and isinstance(value, list):
+        if "[" not in key:  # a list inside an entry went with the entry
+            _forget_entries(keys, {key})
+            keys.add(key)
         return [
             _changed(entry(), {} if item is None else item, f"{key}[{i}].", where, keys)  # pyright: ignore
             for i, item in enumerate(value)
@@ -199,14 +226,16 @@ def _value(hint: Any, base: Any, value: Any, key: str, where: str, keys: set[str
 
 
 def _from_command_line(key: str, text: str) -> Any:
-    """What the text of an override stands for: a list is YAML, text that may not be null is taken as it is."""
+    """What the text of an override stands for: what is quoted and a list are YAML; text that may not be null and the
+    path ~ are taken as they are."""
     hint = hint_of(key)
     if hint is None:
         refuse_unknown(key, COMMAND_LINE)
     inner, optional = split_optional(hint)
-    if get_origin(inner) is list:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if get_origin(inner) is list or quoted:
         return parse_yaml(text, f"{COMMAND_LINE}: {key}")
-    return text if inner is str and not optional else Plain(text)
+    return text if (inner is str and not optional) or (key in PATHS and text == "~") else Plain(text)
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -269,7 +298,10 @@ def _content(content: bytes, where: str) -> Any:
     return given
 
 
-class _Dumper(yaml.SafeDumper):
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of libyaml, where PyYAML has it
+
+
+class _Dumper(_SafeDumper):
     """The safe dumper, without anchors for values that are the same object."""
 
     def ignore_aliases(self, data: Any) -> bool:

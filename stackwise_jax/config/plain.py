@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from stackwise_jax.config.values import shown
 from stackwise_jax.errors import UsageError
 
 T = TypeVar("T")
@@ -41,12 +41,6 @@ def from_plain(kind: type[T], given: Any, where: str, *, partial: bool = False, 
         elif not partial or (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING):
             raise UsageError(f"{where} lacks the field {field.name}")
     return kind(**values)
-
-
-def shown(value: Any) -> str:
-    """A value as JSON in an error, cut where it is long."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _value(hint: Any, given: Any, where: str, partial: bool) -> Any:

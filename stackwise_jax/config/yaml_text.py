@@ -13,7 +13,8 @@ import yaml
 from stackwise_jax.errors import UsageError
 
 MOST_LEVELS = 32  # of nesting; the deepest key, of an adapter's table in a list of plans, has 7
-MOST_NODES = 200_000  # scalars, lists and sections; a file of 1 MiB that holds more is no configuration
+MOST_NODES = 4_000_000  # scalars, lists and sections: more than a stored configuration of 16 MiB can hold
+_Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of libyaml, 50 times as fast, where PyYAML has it
 _LINES = "write lines of the form key: value"
 
 
@@ -40,19 +41,24 @@ def parse_yaml(text: str, where: str) -> Any:
             merge keys, keys that are no text, a key twice, a second document, or too many or too deeply nested values.
     """
     try:
-        return _Builder(yaml.parse(text, Loader=yaml.SafeLoader)).document()
+        if strange := yaml.SafeLoader.NON_PRINTABLE.search(text):
+            line = text.count("\n", 0, strange.start()) + 1
+            raise _Problem(
+                line, _invalid(f"the character U+{ord(strange[0]):04X}"), "write text without control characters"
+            )
+        return _Builder(yaml.parse(text, Loader=_Parser)).document()
     except _Problem as problem:
         found = problem
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        found = _Problem(
-            line, f"the character U+{ord(text[error.position]):04X}", "write text without control characters"
-        )
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        found = _Problem(mark.line + 1 if mark else None, getattr(error, "problem", None) or "unreadable text")
+        problem = _invalid(getattr(error, "problem", None) or "unreadable text")
+        found = _Problem(mark.line + 1 if mark else None, problem)
     line = f", line {found.line}" if found.line else ""
-    raise UsageError(f"{where}{line}: this is no valid YAML ({found}); {found.remedy}")
+    raise UsageError(f"{where}{line}: {found}; {found.remedy}")
+
+
+def _invalid(problem: str) -> str:
+    return f"this is no valid YAML ({problem})"
 
 
 class _Builder:
@@ -69,14 +75,16 @@ class _Builder:
             if isinstance(event, yaml.DocumentStartEvent):
                 n_documents += 1
                 if n_documents > 1:
-                    _refuse(event, "a second document begins", "write one document, without ---")
+                    _refuse(
+                        event, "a second document begins, which is not read here", "write one document, without ---"
+                    )
                 value = self._value(next(self._events), 0)
         return value
 
     def _value(self, event: Any, level: int) -> Any:
         self._check(event, level)
         if isinstance(event, yaml.ScalarEvent):
-            if event.style is not None:
+            if event.style:
                 return str(event.value)
             return Plain(event.value) if event.value else None
         if isinstance(event, yaml.SequenceStartEvent):
@@ -94,8 +102,8 @@ class _Builder:
         self._check(event, level)
         if not isinstance(event, yaml.ScalarEvent):
             _refuse(event, "a list or a section stands where a key has to be")
-        if event.style is None and event.value == "<<":
-            _refuse(event, "merge keys (<<) are not read", "write the keys out, or give --config several times")
+        if not event.style and event.value == "<<":
+            _refuse(event, "merge keys (<<) are not read here", "write the keys out, or give --config several times")
         if not event.value:
             _refuse(event, "there is no key before the colon")
         return event.value
@@ -104,14 +112,16 @@ class _Builder:
         self._nodes += 1
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             _refuse(
-                event, "anchors and aliases are not read", "write values out, and in quotes what begins with & or *"
+                event,
+                "anchors and aliases are not read here",
+                "write values out, and in quotes what begins with & or *",
             )
         if event.tag is not None:
-            _refuse(event, "tags are not read", "write values without them, and in quotes what begins with !")
+            _refuse(event, "tags are not read here", "write values without them, and in quotes what begins with !")
         if level > MOST_LEVELS:
-            _refuse(event, f"more than {MOST_LEVELS} levels of nesting")
+            _refuse(event, f"more than {MOST_LEVELS} levels of nesting are not read here")
         if self._nodes > MOST_NODES:
-            _refuse(event, f"more than {MOST_NODES:,} values")
+            _refuse(event, f"more than {MOST_NODES:,} values are not read here")
 
     def _until(self, end: type) -> Iterator[Any]:
         """The events before the one that ends a list or a section; what stands below them is taken meanwhile."""

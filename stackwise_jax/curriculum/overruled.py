@@ -7,19 +7,25 @@ default are named here only where they repeat it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stackwise_jax.config import Written
+from stackwise_jax.config.keys import value_of
 from stackwise_jax.config.schema import (
     AdaptersConfig,
+    CurriculumConfig,
+    DataConfig,
     ObjectiveConfig,
+    PhaseConfig,
     PlanConfig,
     StackWiseConfig,
     StageConfig,
 )
 from stackwise_jax.config.values import shown
-from stackwise_jax.curriculum.plans import EVERY_PLAN, PLANS
+from stackwise_jax.curriculum.phase import Phase
+from stackwise_jax.curriculum.plans import EVERY_PLAN, PLANS, config_shape
+from stackwise_jax.errors import UsageError
 
 
 class Rule(NamedTuple):
@@ -85,13 +91,34 @@ def overruled(config: StackWiseConfig, written: Written, *, alone: bool = False)
     """
     found: dict[str, str] = {}
     for key, why in _without_effect(config, alone):
-        if key in written.keys and key not in found and _value(config, key) is not None:
+        if key in written.keys and key not in found and value_of(config, key) is not None:
             found[key] = f"{key} has no effect {why}"
     twice = [
         f"{key} is written more than once on the command line; the last one, {shown(text)}, counts"
         for key, text in written.repeated.items()
     ]
-    return written.notes + twice + _attention(config, written) + list(found.values())
+    return written.notes + twice + _replaced(written) + _attention(config, written) + list(found.values())
+
+
+def _replaced(written: Written) -> list[str]:
+    """A line for each file some of whose values a later file or the command line replaces."""
+    lines = []
+    for (winner, loser), keys in written.replaced.items():
+        counts = [f"{key} {_briefly(now)}" for key, (now, _) in keys.items()]
+        others = [_briefly(before) for _, before in keys.values()]
+        verb = "counts" if len(keys) == 1 else "count"
+        lines.append(f"{_and(counts)} of {winner} {verb}, not {_and(others)} of {loser}")
+    return lines
+
+
+def _briefly(value: Any) -> str:
+    if isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
+        return f"with {len(value)} {'entry' if len(value) == 1 else 'entries'}"
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 100 else shown(value)
+
+
+def _and(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
 
 
 def _without_effect(config: StackWiseConfig, alone: bool) -> Iterator[tuple[str, str]]:
@@ -100,9 +127,8 @@ def _without_effect(config: StackWiseConfig, alone: bool) -> Iterator[tuple[str,
     yield from _by_rules(_OBJECTIVE, config.objective, "objective.")
     yield from _by_rules(_OPTIMIZER, config.optimizer, "optimizer.")
     yield from _noise_range(config.objective, "objective.")
-    data, model, curriculum = config.data, config.model, config.curriculum
-    if data.source != "jsonl" and not any(str(path).endswith(".jsonl") for path in (data.path, data.valid_path)):
-        yield "data.text_key", f"under data.source {data.source}"
+    model, curriculum = config.model, config.curriculum
+    yield from _of_data(config.data)
     if model.kernel.type is None and model.attention_preset not in ("kernel_attention", "mlgka"):
         for name in ("mode", "features", "bandwidth", "learn"):
             yield f"model.kernel.{name}", "without model.kernel.type"
@@ -110,18 +136,71 @@ def _without_effect(config: StackWiseConfig, alone: bool) -> Iterator[tuple[str,
     if curriculum.plans:
         names = (key.name for key in dataclasses.fields(PlanConfig))
         yield from ((key, "beside curriculum.plans") for name in names for key in _inner(name, "curriculum."))
+    phases = {prefix: _phases(plan, config) for prefix, plan in plans.items()}
     for prefix, plan in plans.items():
-        yield from _of_plan(plan, prefix, config)
+        yield from _of_plan(plan, prefix, config, len(phases[prefix]))
+    if all(_each_has(("lr", "optimizer"), plan, len(phases[prefix])) for prefix, plan in plans.items()):
+        yield "optimizer.lr", "beside the lr or optimizer of each entry of stages or phases"
+    if config.objective.time == "depth" and all(map(_has_levels, plans.values(), phases.values())):
+        yield "objective.noise", "under objective.time depth, where each phase has the level of its stacks"
+        if config.objective.levels:
+            yield "objective.schedule", f"under objective.levels {shown(config.objective.levels)}"
     if not {"int8", "fp8"} & set().union(*map(_formats, plans.values())):
         yield "model.quantized_matmul", "without a format int8 or fp8 in curriculum.frozen"
     if all(plan.plan in _NO_PREFIX for plan in plans.values()):
         for name in ("kind", "host_budget", "disk_budget", "dir", "read_ahead"):
             yield f"cache.{name}", f"under curriculum.plan {curriculum.title}, which has no frozen prefix to cache"
+    if config.memory.check == "off" and not alone:
+        yield from ((f"memory.{name}", "under memory.check off") for name in ("device", "host", "disk"))
     if alone and config.mesh.num_processes > 1:
         yield "mesh.num_processes", "here: a plan looks at the devices of one process"
 
 
-def _of_plan(plan: PlanConfig, prefix: str, config: StackWiseConfig) -> Iterator[tuple[str, str]]:
+def _of_data(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """Keys on which the names of the files decide."""
+    paths = {key: str(path) for key in ("path", "valid_path") if (path := getattr(data, key)) is not None}
+    other = {"jsonl": ".txt", "text": ".jsonl"}.get(data.source)
+    for key, path in paths.items():
+        if other and path.endswith(other):
+            yield "data.source", f"on data.{key} {shown(path)}, whose name ends in {other}"
+    is_jsonl = [path.endswith(".jsonl") or (other == ".txt" and not path.endswith(other)) for path in paths.values()]
+    if not any(is_jsonl):
+        yield "data.text_key", "without a file of jsonl" if other else f"under data.source {data.source}"
+
+
+def _phases(plan: PlanConfig, config: StackWiseConfig) -> Sequence[Phase | PhaseConfig]:
+    """The phases of a plan before their own settings, where a rule asks for them; none where it cannot be made, which
+    is said later."""
+    if plan.plan == "custom":
+        return plan.phases
+    if not plan.stages and config.objective.time != "depth":
+        return ()
+    keys = {key.name: getattr(plan, key.name) for key in dataclasses.fields(PlanConfig)}
+    config = dataclasses.replace(config, curriculum=CurriculumConfig(**keys))
+    try:
+        return PLANS[plan.plan].make(config_shape(config), config).phases
+    except UsageError:
+        return ()
+
+
+def _entries(plan: PlanConfig) -> Sequence[StageConfig]:
+    return plan.phases if plan.plan == "custom" else plan.stages
+
+
+def _each_has(names: Sequence[str], plan: PlanConfig, n_phases: int) -> bool:
+    """Whether each phase of a plan has an entry with one of these keys."""
+    entries = _entries(plan)
+    return 0 < n_phases <= len(entries) and all(
+        any(getattr(entry, name) is not None for name in names) for entry in entries
+    )
+
+
+def _has_levels(plan: PlanConfig, phases: Sequence[Phase | PhaseConfig]) -> bool:
+    """Whether under objective.time depth each phase works at one level: that of its new stacks, where more follow."""
+    return PLANS[plan.plan].noise == "stage" and len(phases) > 1 and set(phases[0].path) < set(phases[-1].path)
+
+
+def _of_plan(plan: PlanConfig, prefix: str, config: StackWiseConfig, n_phases: int) -> Iterator[tuple[str, str]]:
     """Keys of a plan, of its adapters and of its entries."""
     used = PLANS[plan.plan].keys | EVERY_PLAN
     for key in dataclasses.fields(PlanConfig):
@@ -130,15 +209,23 @@ def _of_plan(plan: PlanConfig, prefix: str, config: StackWiseConfig) -> Iterator
     if "trunk" in used and plan.trunk == "frozen":
         yield from ((name, f"under {prefix}trunk frozen") for name in _inner("adapters", prefix))
     yield from _by_rules(_ADAPTERS, plan.adapters, f"{prefix}adapters.")
+    key, entries = "phases" if plan.plan == "custom" else "stages", _entries(plan)
+    formats = ("frozen", "frozen_stacks")
     if plan.plan in ("rackwise", "grow"):
-        yield f"{prefix}frozen", f"under {prefix}plan {plan.plan}, in which everything learns"
+        yield from (
+            (f"{prefix}{name}", f"under {prefix}plan {plan.plan}, in which everything learns") for name in formats
+        )
+    if _each_has(("frozen",), plan, n_phases):
+        yield from ((f"{prefix}{name}", f"beside the frozen of each entry of {key}") for name in formats)
+    if plan.frozen_stacks:
+        yield f"{prefix}frozen", f"on stacks under {prefix}frozen_stacks, only on embedding and head"
     if config.optimizer.schedule == "constant":
         yield f"{prefix}decay", "under optimizer.schedule constant"
-    key, entries = ("phases", plan.phases) if plan.plan == "custom" else ("stages", plan.stages)
     if config.curriculum.budget is not None and all(entry.steps is None for entry in entries):
         yield f"{prefix}steps", f"under curriculum.budget {config.curriculum.budget}"
-    if plan.plan == "custom" and all(entry.steps is not None for entry in entries):
-        yield f"{prefix}steps", "beside the steps of each entry of phases"
+    if _each_has(("steps",), plan, n_phases):
+        for name in ("steps", "steps_growth"):
+            yield f"{prefix}{name}", f"beside the steps of each entry of {key}"
     for i, entry in enumerate(entries):
         yield from _of_entry(entry, f"{prefix}{key}[{i}].")
 
@@ -166,7 +253,7 @@ def _noise_range(objective: ObjectiveConfig, prefix: str) -> Iterator[tuple[str,
 
 def _by_rules(rules: tuple[Rule, ...], section: Any, prefix: str) -> Iterator[tuple[str, str]]:
     for rule in rules:
-        value = _value(section, rule.under)
+        value = value_of(section, rule.under)
         if not rule.works(value):
             text = value if isinstance(value, str) else shown(value)
             yield from ((f"{prefix}{key}", f"under {prefix}{rule.under} {text}") for key in rule.keys.split())
@@ -180,7 +267,7 @@ def _attention(config: StackWiseConfig, written: Written) -> list[str]:
         key, value = "model.attention_preset", model.attention_preset
         own = "causal" if value == "gpt_style" else "bidirectional"  # of the presets only gpt_style is causal
     plans = curriculum.plans or [curriculum]
-    entries = [entry for plan in plans for entry in (plan.phases if plan.plan == "custom" else plan.stages)]
+    entries = [entry for plan in plans for entry in _entries(plan)]
     objectives = [entry.objective or config.objective for entry in entries]
     if any(plan.plan != "custom" for plan in plans):
         objectives.append(config.objective)
@@ -213,12 +300,3 @@ def _inner(name: str, prefix: str) -> list[str]:
         return [f"{prefix}{name}"]
     # what it loads is looked at in every plan that has adapters
     return [f"{prefix}adapters.{key.name}" for key in dataclasses.fields(AdaptersConfig) if key.name != "load_from"]
-
-
-def _value(section: Any, key: str) -> Any:
-    """The value of a key with dots and places in lists."""
-    for name in key.replace("]", "").replace("[", ".").split("."):
-        section = section[int(name)] if name.isdigit() else getattr(section, name)
-        if section is None:
-            return None
-    return section

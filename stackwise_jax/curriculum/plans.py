@@ -220,11 +220,13 @@ def custom(shape: RackShape, config: StackWiseConfig) -> Plan:
     entries, phases = config.curriculum.phases, []
     if not entries:
         raise UsageError("curriculum.plan is custom and curriculum.phases is empty; write its phases or another plan")
+    earlier: frozenset[int] = frozenset()
     for i, entry in enumerate(entries):
         try:
-            phases.append(_custom_phase(i, entry, shape, config))
+            phases.append(_custom_phase(i, entry, shape, config, earlier))
         except UsageError as error:
             raise UsageError(f"curriculum.phases[{i}]: {error}") from None
+        earlier |= set(phases[-1].path)
     grows = config.curriculum.init != "random" or any(entry.init for entry in entries)
     return Plan(shape.block_counts, tuple(phases), frozenset(() if grows else range(len(shape.block_counts))))
 
@@ -278,7 +280,10 @@ def _phase(config: StackWiseConfig, **given: Any) -> Phase:
     return Phase(**(task_settings(config.objective) | settings | given))
 
 
-def _custom_phase(i: int, entry: PhaseConfig, shape: RackShape, config: StackWiseConfig) -> Phase:
+def _custom_phase(
+    i: int, entry: PhaseConfig, shape: RackShape, config: StackWiseConfig, earlier: frozenset[int]
+) -> Phase:
+    """Phase i; `earlier` are the stacks that the phases before it pass."""
     n_stacks = len(shape.block_counts)
     stacks = tuple(range(n_stacks))
     path, train, adapt = tuple(entry.path) or stacks, frozenset(entry.train), frozenset(entry.adapt)
@@ -287,7 +292,6 @@ def _custom_phase(i: int, entry: PhaseConfig, shape: RackShape, config: StackWis
     for key, named in (("train", train), ("adapt", adapt)):
         if frozen := sorted(named & shape.frozen):
             raise UsageError(f"stacks {frozen} have freeze_blocks and cannot learn; leave them out of {key}")
-    earlier = {stack for other in config.curriculum.phases[:i] for stack in (other.path or stacks)}
     arrival = bool(earlier) and not earlier >= set(path)
     adapters = adapters_of(config.curriculum.adapters, adapt, n_stacks, arrival)
     given: dict[str, Any] = {

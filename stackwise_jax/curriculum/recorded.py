@@ -6,7 +6,8 @@ import dataclasses
 import json
 from typing import Any
 
-from stackwise_jax.config.plain import from_plain, shown
+from stackwise_jax.config.plain import from_plain
+from stackwise_jax.config.values import shown
 from stackwise_jax.curriculum.phase import Phase
 from stackwise_jax.curriculum.shape import Plan
 from stackwise_jax.curriculum.table import phase_table

@@ -193,9 +193,10 @@ def check_plan(run_dir: Path, rows: list[dict[str, Any]], plan: Plan) -> None:
 
 def write_description(run_dir: Path, plan: Plan, rack: Rack, config: StackWiseConfig) -> None:
     """Write the plan, the rack and the configuration of a run. Raises RunError when the disk does not take them."""
+    text = resolved_yaml(config)  # which may be refused, and then nothing is written
     entries.write(run_dir / PHASES, json.dumps(plan_to_json(plan), indent=2) + "\n")
     entries.write(run_dir / RACK, json.dumps(rack_to_dict(rack), indent=2) + "\n")
-    entries.write(run_dir / CONFIG, resolved_yaml(config))
+    entries.write(run_dir / CONFIG, text)
 
 
 def recorded_config(config: StackWiseConfig) -> StackWiseConfig:

@@ -255,7 +255,7 @@ def learning_rate(cfg: OptimizerConfig, steps: int, step: int) -> np.float32:
         rate = np.float32(cfg.lr)
     elif cfg.schedule == "cosine":
         angle = _share(np.float32(np.pi) * np.float32(min(after, rest)), rest)
-        half = np.float32(0.5) * (np.float32(1) + _cosine(angle))
+        half = np.float32(0.5) * (np.float32(1) + np.float32(math.cos(angle)))
         rate = np.float32(cfg.lr) * (np.float32(1 - cfg.final_lr) * half + np.float32(cfg.final_lr))
     else:
         down = rest if cfg.schedule == "linear" else max(round(cfg.decay * steps), 1)
@@ -270,9 +270,3 @@ def learning_rate(cfg: OptimizerConfig, steps: int, step: int) -> np.float32:
 def _share(part: np.float32, whole: int) -> np.float32:
     """part / whole, rounded as XLA rounds it: it multiplies by the reciprocal."""
     return part * (np.float32(1) / np.float32(whole))
-
-
-def _cosine(angle: np.float32) -> np.float32:
-    """The cosine in float32 as XLA computes it on the CPU, the same beside any accelerator."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.transfer_guard("allow"):
-        return np.float32(jnp.cos(angle))

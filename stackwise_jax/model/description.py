@@ -8,7 +8,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from stackwise_jax.config.plain import from_plain, shown
+from stackwise_jax.config.plain import from_plain
+from stackwise_jax.config.values import shown
 from stackwise_jax.model.block import Block
 from stackwise_jax.model.rack import MAX_BLOCKS, Rack
 from stackwise_jax.model.spec import require
