@@ -316,8 +316,8 @@ def test_a_configuration_that_could_not_be_read_back_is_not_written(tmp_path, mo
     """Paths are recorded as absolute ones, and the working directory has a name that no key may have."""
     (tmp_path / "a\nb").mkdir()
     monkeypatch.chdir(tmp_path / "a\nb")
-    with pytest.raises(UsageError, match=r"run\.dir is .* which holds control characters"):
-        open_store(prepare(tiny(*PLAN, "run.dir=run"), Path("run")))
+    with pytest.raises(UsageError, match=r"cache\.dir is .* which holds control characters"):
+        open_store(prepare(tiny(*PLAN, "cache.dir=cache"), Path("run")))
     assert not list(Path().iterdir())
 
 
