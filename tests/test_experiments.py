@@ -16,6 +16,7 @@ import pytest
 
 from stackwise_jax.config import load_config, validate
 from stackwise_jax.curriculum import make_plan
+from stackwise_jax.data import load_datasets, load_tokenizer
 from stackwise_jax.engine.shape import rack_shape
 from stackwise_jax.model import create_rack_from_config
 
@@ -263,7 +264,10 @@ def test_floors_are_of_the_rows_that_models_are_measured_on(part, tmp_path):
     config = load_config(None, list(run.settings_of(args).common))
     whole = floors(config, tmp_path / "tokenizer", 0, 2)
     n_rows = SMALLEST["eval_batches"] * SMALLEST["batch_size"]
-    cut = (tmp_path / "valid.txt").read_text()[: n_rows * SMALLEST["seq_len"] - 1]  # the first token is bos
+    tokenizer = load_tokenizer(config.tokenizer, None, tmp_path / "tokenizer")
+    rows = load_datasets(config.data, tokenizer, 0)[1].tokens_NT[:n_rows].reshape(-1)
+    documents = np.split(rows, np.flatnonzero(rows == tokenizer.bos_id)[1:])
+    cut = "\n".join(map(tokenizer.decode, documents))
     few = floors(config, tmp_path / "tokenizer", SMALLEST["eval_batches"], 2)
     (tmp_path / "valid.txt").write_text(cut)
     assert few == pytest.approx(floors(config, tmp_path / "tokenizer", 0, 2))

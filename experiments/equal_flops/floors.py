@@ -11,9 +11,10 @@ from stackwise_jax.config import StackWiseConfig
 from stackwise_jax.data import Dataset, load_datasets, load_tokenizer, training_texts
 
 
-def stream(dataset: Dataset, rows: int | None = None) -> np.ndarray:
-    """The real tokens of the first `rows` sequences (None: of all) in their order, int64 (S)."""
-    return dataset.tokens_NT[:rows][dataset.segment_ids_NT[:rows] > 0].astype(np.int64)
+def stream(dataset: Dataset, token_bytes_V: np.ndarray, rows: int | None = None) -> np.ndarray:
+    """The tokens of the text in the first `rows` sequences (None: in all), without special ones: int64 (S)."""
+    tokens_NT = dataset.tokens_NT[:rows]
+    return tokens_NT[(dataset.segment_ids_NT[:rows] > 0) & (token_bytes_V[tokens_NT] > 0)].astype(np.int64)
 
 
 def witten_bell(train_S: np.ndarray, valid_S: np.ndarray, vocab_size: int, order: int) -> list[float]:
@@ -57,7 +58,8 @@ def _look_up(keys: np.ndarray, values: np.ndarray, wanted_S: np.ndarray) -> np.n
 
 
 def ngram_floors(config: StackWiseConfig, tokenizer_dir, eval_batches: int = 0, order: int = 6) -> list[float]:
-    """Bits per byte of the held-out text for n = 1..order, counted on the whole training text.
+    """Bits per byte of the held-out text for n = 1..order, counted on the whole training text; where documents end is
+    not predicted.
 
     Args:
         eval_batches: of the held-out text only so many batches, those that the models are measured on; 0: all.
@@ -66,7 +68,7 @@ def ngram_floors(config: StackWiseConfig, tokenizer_dir, eval_batches: int = 0, 
     tokenizer = load_tokenizer(config.tokenizer, lambda: training_texts(config.data, seed), tokenizer_dir)
     train, valid = load_datasets(config.data, tokenizer, seed)
     rows = eval_batches * config.data.batch_size or len(valid)
-    train_S, valid_S = stream(train), stream(valid, rows)
+    train_S, valid_S = stream(train, tokenizer.token_bytes), stream(valid, tokenizer.token_bytes, rows)
     tokens_per_byte = len(valid_S) / int(tokenizer.token_bytes[valid_S].sum())
     while tokenizer.vocab_size**order >= 2**63:
         order -= 1
