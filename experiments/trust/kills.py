@@ -23,28 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small_run import SMALL
 
 from stackwise_jax.checkpoint import Store
 from stackwise_jax.memory.hashing import named_leaves
 
-TINY = {
-    "data.source": "synthetic",
-    "data.synthetic_tokens": 2048,
-    "data.seq_len": 16,
-    "data.batch_size": 8,
-    "model.d_model": 32,
-    "model.n_heads": 2,
-    "model.d_ff": 48,
+TINY = SMALL | {
     "model.architecture.n_stacks": 3,
-    "model.architecture.blocks_per_stack": 1,
     "curriculum.steps": 12,
     "optimizer.lr": 0.01,
     "run.save_every": 3,
     "run.eval_every": 4,
-    "run.eval_batches": 2,
     "run.log_every": 1,
     "run.tensorboard": "false",
-    "run.sample_tokens": 0,
 }
 PLANS: dict[str, dict[str, Any]] = {
     "stackwise, cached": {"curriculum.plan": "stackwise", "cache.kind": "host", "model.dropout": 0.1},

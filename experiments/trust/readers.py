@@ -19,17 +19,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from small_run import SMALL
 
-RUN = {
-    "data.source": "synthetic",
-    "data.synthetic_tokens": 2048,
-    "data.seq_len": 16,
-    "data.batch_size": 8,
-    "model.d_model": 32,
-    "model.n_heads": 2,
-    "model.d_ff": 48,
-    "model.architecture.n_stacks": 2,
-    "model.architecture.blocks_per_stack": 1,
+RUN = SMALL | {
     "curriculum.steps": 1_000_000,
     "run.save_every": 1,
     "run.keep": 1,

@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from small_run import SMALL
 
 from stackwise_jax.checkpoint.files import read_json, write_json
 from stackwise_jax.checkpoint.items import META, _file_digest
@@ -30,21 +31,10 @@ from stackwise_jax.engine.entries import digests
 
 SECONDS, BYTES = 60, 10**9
 ESCAPE = "\x1b]0;stranger\x07"
-TINY = {
-    "data.source": "synthetic",
-    "data.synthetic_tokens": 2048,
-    "data.seq_len": 16,
-    "data.batch_size": 8,
-    "model.d_model": 32,
-    "model.n_heads": 2,
-    "model.d_ff": 48,
-    "model.architecture.n_stacks": 2,
-    "model.architecture.blocks_per_stack": 1,
+TINY = SMALL | {
     "curriculum.steps": 4,
     "run.save_every": 2,
-    "run.eval_batches": 2,
     "run.keep": 3,
-    "run.sample_tokens": 0,
 }
 OPTIONS = [f"--{key}={value}" for key, value in TINY.items()]
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
