@@ -1,6 +1,7 @@
 """The benchmarks of memory run at their smallest sizes, and the script for a GPU names files that are there."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -73,14 +74,16 @@ def test_picture_draws_every_part_that_is_planned(part, tmp_path):
     assert all(f">{name}<" in drawn for name in names - part("memory_picture").SMALL)
 
 
-def test_curriculum_is_stopped_softly_and_says_how_far_it_came(part, tmp_path):
+def test_curriculum_is_stopped_softly_and_says_how_far_it_came(part, tmp_path, monkeypatch):
     curriculum = part("curriculum")
+    free = itertools.chain([900, 700, 400], itertools.repeat(800))
+    monkeypatch.setattr(curriculum, "available_host_bytes", lambda: next(free))
     waits = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(130)); time.sleep(60)"
-    rc, taken = curriculum.train([sys.executable, "-c", waits], seconds=1, grace=30)
-    assert rc == 130 and taken >= 0
+    rc, taken = curriculum.train([sys.executable, "-c", waits], seconds=2, grace=30)
+    assert rc == 130 and taken == 500
     hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    rc, taken = curriculum.train([sys.executable, "-c", f"x = bytearray(b'1' * 10**8); {hangs}"], seconds=2, grace=0.5)
-    assert rc == -signal.SIGKILL and taken > 5e7
+    rc, taken = curriculum.train([sys.executable, "-c", hangs], seconds=2, grace=0.5)
+    assert rc == -signal.SIGKILL and taken == 0
 
     (tmp_path / "file").write_bytes(bytes(10))
     same = {"tokens": 5, "seconds": 1.0, "flops": 7, "peak_host_bytes": 10}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import DIFFUSION, ELBO, assert_same, batch_of, examples_of, mass
+from test_objectives import DIFFUSION, ELBO, VOCAB, assert_same, batch_of, examples_of, mass
 
 from stackwise_jax.curriculum.phase import Noise
 from stackwise_jax.objectives import max_targets
@@ -146,7 +146,8 @@ def test_max_targets_bounds_every_interval():
 
 def test_masks_are_those_of_example_level_and_seed():
     examples = examples_of([32, 20, [9, 9], 17])
-    other = examples._replace(tokens_BT=examples.tokens_BT[::-1].copy())
+    mirrored_BT = VOCAB.ordinary_ids[0] + VOCAB.ordinary_ids[-1] - examples.tokens_BT
+    other = examples._replace(tokens_BT=np.where(examples.segment_ids_BT > 0, mirrored_BT, VOCAB.pad_id))
     levels = [Noise(kind="fixed", low=s, high=s) for s in (0.3, 0.6)] + parts_of((0.1, 0.4, 0.9))
     for noise in levels:
         chosen = [batch_of(DIFFUSION, noise, given, seed=5).weights_BT for given in (examples, other)]
